@@ -1,0 +1,92 @@
+"""One attention function for every model, target and drafter alike: it reads the shared paged cache.
+
+Grouped query heads are packed into the query length, so that no key is repeated in memory. The function is found by
+transformers under `IMPLEMENTATION`; the cache it reads hangs on each attention module (`bind_cache`), because not every
+architecture passes keyword arguments through.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from trl_selfspec.cache import PagedCache
+
+
+IMPLEMENTATION = "selfspec"
+
+
+def bind_cache(model: nn.Module, cache: PagedCache | None) -> None:
+    """Lets every attention module of `model` find `cache`; `None` lets go of it."""
+    for module in model.modules():
+        if hasattr(module, "layer_idx"):
+            module.paged_cache = cache  # type: ignore[assignment]
+
+
+def selfspec_attention(
+    module: nn.Module,
+    query: Tensor,  # (B, H, T, D)
+    key: Tensor,  # (B, K, T, D): the states of this forward, already in the cache
+    value: Tensor,  # (B, K, T, Dv)
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Causal attention over the row's slots, with sliding window, soft-cap and attention sinks.
+
+    Returns:
+        `(B, T, H, Dv)` and `None` (weights are never materialised for the caller).
+    """
+    cache: PagedCache = module.paged_cache  # type: ignore[assignment]
+    if cache.fresh:
+        keys, values = key, value
+    else:
+        keys, values = (states.transpose(1, 2) for states in cache.keys_and_values(module.layer_idx))  # type: ignore[arg-type]
+    num_rows, num_heads, num_queries, head_dim = query.shape
+    groups = num_heads // keys.shape[1]
+    query, keys, values = query.to(keys.dtype), keys, values.to(keys.dtype)
+    plain = softcap is None and s_aux is None
+    if cache.fresh and plain and (sliding_window is None or sliding_window >= num_queries):
+        keys, values = (states.repeat_interleave(groups, dim=1) for states in (keys, values))
+        out = scaled_dot_product_attention(query, keys, values, is_causal=num_queries > 1, scale=scaling)
+        return out.transpose(1, 2), None
+    packed = query.reshape(num_rows, keys.shape[1], groups * num_queries, head_dim)
+    if plain:
+        bias = cache.bias(sliding_window, groups, query.dtype)
+        out = scaled_dot_product_attention(packed, keys, values, attn_mask=bias, scale=scaling)
+    else:
+        scale = head_dim**-0.5 if scaling is None else scaling
+        bias = cache.bias(sliding_window, groups, torch.float32)
+        out = _eager_attention(packed, keys, values, bias, scale, softcap, s_aux, groups)
+    return out.reshape(num_rows, num_heads, num_queries, -1).transpose(1, 2), None
+
+
+def _eager_attention(
+    query: Tensor,  # (B, K, G * T, D)
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor,  # (B, 1, G * T, S)
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,  # (H,): one logit per head that takes probability and gives no value
+    groups: int,
+) -> Tensor:
+    scores = query.float() @ keys.float().transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + bias
+    if sinks is not None:
+        num_rows, num_kv_heads, packed = scores.shape[:3]
+        per_query = sinks.float().view(1, num_kv_heads, groups, 1).expand(num_rows, -1, -1, packed // groups)
+        scores = torch.cat([scores, per_query.reshape(num_rows, num_kv_heads, packed, 1)], dim=-1)
+        weights = scores.softmax(dim=-1)[..., :-1]
+    else:
+        weights = scores.softmax(dim=-1)
+    return (weights @ values.float()).to(query.dtype)
+
+
+ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, selfspec_attention)

@@ -1,0 +1,248 @@
+"""Batched self-speculative generation for transformers causal LMs: token ids in, token ids and log-probabilities out.
+
+The engine decodes with a mirror of the model and drafts with the same weights, quantized. It never runs, changes or
+hooks the model itself, and it takes token ids, never a tokenizer or a trainer.
+"""
+
+import contextlib
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from trl_selfspec.attention import bind_cache
+from trl_selfspec.cache import PagedCache
+from trl_selfspec.controller import Controller
+from trl_selfspec.law import SamplingLaw, effective_generation_config
+from trl_selfspec.memory import affordable_rows
+from trl_selfspec.mirror import Mirror, UnsupportedModelError, drafter_bytes, make_drafter, requantize
+from trl_selfspec.options import SelfSpecOptions
+from trl_selfspec.quantize import resolve_qtype
+from trl_selfspec.requests import make_requests
+from trl_selfspec.rollout import Progress, Rollout
+from trl_selfspec.rounds import (
+    CoupledVerification,
+    GreedyVerification,
+    RejectionVerification,
+    RoundRunner,
+    RowState,
+    Verification,
+)
+from trl_selfspec.scheduler import Request, Scheduler
+from trl_selfspec.selfcheck import self_check
+from trl_selfspec.stats import RolloutStats
+from trl_selfspec.timing import Clock
+
+
+__all__ = ["Progress", "RolloutOutput", "SelfSpecEngine", "UnsupportedModelError"]
+
+GPU_PAGE_SIZE = 64
+VERIFICATIONS: dict[str, Callable[[torch.Tensor], Verification]] = {
+    "rejection": RejectionVerification,
+    "coupled": CoupledVerification,
+}
+
+
+@dataclass(frozen=True)
+class RolloutOutput:
+    """Completions in prompt order.
+
+    Attributes:
+        completion_ids: new tokens of each prompt; the last one is an EOS token if one was produced.
+        logprobs: of each token under the law it was drawn from, all processors applied (as vLLM returns them).
+        policy_logprobs: of each token under `log_softmax(logits / temperature)`, what TRL's trainers compute. The same
+            list where temperature is the only processor.
+        stats: raw counters and seconds of this call.
+    """
+
+    completion_ids: list[list[int]]
+    logprobs: list[list[float]]
+    policy_logprobs: list[list[float]]
+    stats: RolloutStats
+
+
+class SelfSpecEngine:
+    """Generates with a model and drafts with its own quantized weights.
+
+    Args:
+        model: a transformers causal LM, or a PEFT model around one, on the device to generate on.
+        options: see [`SelfSpecOptions`].
+        autocast_dtype: dtype of the autocast under which the model is trained; `None` for none.
+
+    Raises:
+        UnsupportedModelError: the architecture or an adapter can't be run faithfully; the message names the reason.
+
+    Example:
+        >>> engine = SelfSpecEngine(model, SelfSpecOptions(draft_qtype="qint4"))
+        >>> engine.generate([[1, 2, 3]], GenerationConfig(max_new_tokens=8, do_sample=True), seed=0).completion_ids
+        >>> engine.refresh()  # whenever the model's weights have changed
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        options: SelfSpecOptions | None = None,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.options = options or SelfSpecOptions()
+        self.autocast_dtype = autocast_dtype
+        self._mirror = Mirror(model, autocast_dtype)
+        embeddings = self._mirror.model.get_input_embeddings().weight
+        self.device, self._vocab_size = embeddings.device, embeddings.shape[0]
+        self._dtype = autocast_dtype or embeddings.dtype
+        self._context_length = getattr(self._text_config, "max_position_embeddings", None)
+        self_check(self._mirror, self._forward_context())
+        self.draft_qtype = resolve_qtype(self.options.draft_qtype, self.device, self._dtype)
+        self.controller = Controller(
+            self.options.num_speculative_tokens,
+            self.options.max_speculative_tokens,
+            self.options.max_active_sequences,
+        )
+        self._drafter: torch.nn.Module | None = None
+        self._drafter_version, self._wanted_version = 0, self._mirror.version
+        self._refresh_s = 0.0
+        self._cache: PagedCache | None = None
+
+    def refresh(self, draft: bool = True) -> None:
+        """Follows the model's weights, in place. Collective where the weights are sharded.
+
+        Args:
+            draft: also requantize the drafter. `False` keeps it as it is for this change of weights: samples still
+                follow the new weights exactly, only fewer drafts are accepted. Quantizing itself waits for the first
+                draft, so that a rollout that never speculates never pays for it.
+        """
+        start = time.perf_counter()
+        self._mirror.refresh()
+        if draft:
+            self._wanted_version = self._mirror.version
+        self._refresh_s += time.perf_counter() - start
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        generation_config: GenerationConfig | None = None,
+        seed: int | None = None,
+        max_new_tokens: Sequence[int] | None = None,
+        on_round: Callable[[Progress], None] | None = None,
+    ) -> RolloutOutput:
+        """Generates one completion per prompt.
+
+        Args:
+            prompt_ids: token ids, ragged. Equal prompts (a GRPO group) are prefilled once.
+            generation_config: as in `model.generate`: unset fields come from the model's own config.
+            seed: of all randomness; `None` draws one from torch's global CPU generator. A row's sample depends on the
+                seed, its index and its own prompt alone.
+            max_new_tokens: a budget per row in place of the config's.
+            on_round: called after every round.
+
+        Raises:
+            ValueError: bad prompts, a generation parameter that can't be honoured, or a policy whose logits are not
+                finite.
+            RuntimeError: the model's weights changed since the last `refresh()`.
+        """
+        if self._mirror.stale:
+            raise RuntimeError("The model's weights changed since the last refresh; call `engine.refresh()` first.")
+        config = effective_generation_config(self._mirror.base, generation_config)
+        law = SamplingLaw.from_generation_config(self._mirror.base, config, self.device)
+        requests = make_requests(prompt_ids, config, max_new_tokens, self._vocab_size, self._context_length)
+        if not requests:
+            return RolloutOutput([], [], [], RolloutStats())
+        if seed is None:
+            seed = int(torch.randint(2**63 - 1, ()))
+        rollout = self._rollout(requests, law, seed, on_round)
+        with self._forward_context():
+            rollout.run()
+        rollout.stats.refresh_s, self._refresh_s = self._refresh_s, 0.0
+        rollout.stats.drafter_bytes = self.drafter_bytes
+        policy_logprobs = rollout.logprobs if law.is_full_softmax else rollout.policy_logprobs
+        return RolloutOutput(rollout.completions, rollout.logprobs, policy_logprobs, rollout.stats)
+
+    def release(self) -> None:
+        """Frees the key/value pages; the next rollout allocates them anew."""
+        self._cache = None
+        for tree in (self._mirror.model, self._drafter):
+            if tree is not None:
+                bind_cache(tree, None)
+
+    @property
+    def drafter_bytes(self) -> int:
+        """Bytes the drafter holds beyond what it shares with the target; 0 until it first drafts."""
+        return 0 if self._drafter is None else drafter_bytes(self._drafter)
+
+    def state_dict(self) -> dict:
+        """What the controller learned, as JSON-able values."""
+        return self.controller.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.controller.load_state_dict(state)
+
+    @property
+    def _text_config(self):
+        return self._mirror.base.config.get_text_config(decoder=True)
+
+    def _rollout(
+        self, requests: list[Request], law: SamplingLaw, seed: int, on_round: Callable[[Progress], None] | None
+    ) -> Rollout:
+        capacity = max(request.limit for request in requests) + self.options.longest_draft + 1
+        max_rows = self.options.max_batch_size or affordable_rows(self._text_config, self._dtype, capacity, self.device)
+        max_rows = min(max_rows, len(requests))
+        cache = self._ensure_cache(max_rows, capacity)
+        verification = GreedyVerification() if law.greedy else self._verification(torch.tensor(seed, device=self.device))
+        runner = RoundRunner(
+            target=self._mirror.model,
+            drafter=self._drafter,
+            cache=cache,
+            state=RowState(max_rows, capacity, self.device),
+            law=law,
+            verification=verification,
+            max_position=None if self._context_length is None else self._context_length - 1,
+            clock=Clock(self.device),
+            prefill_kwargs=self._prefill_kwargs(),
+        )
+
+        def prepare_drafter() -> None:
+            runner.drafter = self._current_drafter(cache)
+
+        return Rollout(runner, Scheduler(requests, max_rows), self.controller, prepare_drafter, on_round)
+
+    def _verification(self, seed: torch.Tensor) -> Verification:
+        return VERIFICATIONS[self.options.verification](seed)
+
+    def _ensure_cache(self, max_rows: int, capacity: int) -> PagedCache:
+        cache = self._cache
+        if cache is None or cache.max_rows < max_rows or cache.row_capacity < capacity:
+            self.release()
+            page_size = None if self.device.type == "cpu" else GPU_PAGE_SIZE
+            kv_dtype = self.autocast_dtype  # None: the dtype of the keys themselves
+            cache = PagedCache(self._mirror.num_layers, max_rows, capacity, page_size, kv_dtype, self.device)
+            self._cache = cache
+        cache.reset()
+        bind_cache(self._mirror.model, cache)
+        return cache
+
+    def _current_drafter(self, cache: PagedCache) -> torch.nn.Module:
+        """The drafter, quantized from the weights that `refresh` asked for."""
+        if self._drafter is None or self._drafter_version != self._wanted_version:
+            start = time.perf_counter()
+            if self._drafter is None:
+                self._drafter = make_drafter(self._mirror, self.draft_qtype, self.options.quantize_lm_head)
+                bind_cache(self._drafter, cache)
+            requantize(self._drafter, self._mirror)
+            self._drafter_version = self._wanted_version
+            self._refresh_s += time.perf_counter() - start
+        bind_cache(self._drafter, cache)
+        return self._drafter
+
+    def _prefill_kwargs(self) -> dict[str, int]:
+        accepted = inspect.signature(self._mirror.model.forward).parameters
+        return {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+
+    def _forward_context(self) -> contextlib.AbstractContextManager:
+        if self.autocast_dtype is None:
+            # An outer autocast (a user's `with accelerator.autocast()`) would change the law.
+            return torch.autocast(self.device.type, enabled=False)
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype, cache_enabled=False)

@@ -1,0 +1,191 @@
+"""Twin module trees of the policy that the engine may run as it likes.
+
+The policy module carries hooks, autocast wrappers, dropout, gradient checkpointing and sharding; generating with it
+means working around all of them. Instead `type(policy)(config)` is built on the meta device and each tensor is *aliased*
+to the policy's where dtype and placement allow, else *copied* and refreshed in place. The target mirror holds the law
+that samples follow; the drafter is the target mirror with its Linear weights quantized. Storage addresses never change
+over a refresh.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trl_selfspec.adapters import base_model, effective_tensor
+from trl_selfspec.attention import IMPLEMENTATION
+from trl_selfspec.kernels import linear_bf16
+from trl_selfspec.quantize import QuantizedLinear
+
+
+# transformers recomputes the frequencies of these for the longest row of the batch: a row would see its neighbours.
+BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+class UnsupportedModelError(ValueError):
+    """The engine can't run this model faithfully; the message names the reason."""
+
+
+class MirrorLinear(nn.Module):
+    """A Linear layer of the target mirror: casts its input to the weight's dtype, as autocast would."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        linear = linear_bf16 if self.weight.dtype == torch.bfloat16 else F.linear
+        return linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class Mirror:
+    """The target mirror: the policy's law, evaluated without the policy module.
+
+    Args:
+        policy: a transformers causal LM, or a PEFT model around one.
+        autocast_dtype: dtype in which the training forward computes its Linear layers under autocast; `None` where
+            it runs in the parameters' own dtype.
+
+    Raises:
+        UnsupportedModelError: the tree can't be rebuilt from its config, or an adapter can't be merged.
+    """
+
+    def __init__(self, policy: nn.Module, autocast_dtype: torch.dtype | None = None) -> None:
+        self.base = base_model(policy)
+        self.autocast_dtype = autocast_dtype
+        self.version = 0
+        self._copies: list[tuple[Tensor, Callable[[], Tensor]]] = []
+        self._aliases: list[tuple[nn.Parameter, Callable[[], Tensor]]] = []
+        self.model = _meta_tree(self.base, IMPLEMENTATION)
+        for name, module in list(self.model.named_modules()):
+            self._mirror_module(name, module)
+        self._fingerprint = self._policy_fingerprint()
+        self.refresh()
+
+    @property
+    def stale(self) -> bool:
+        """Whether an in-place operation (an optimizer step, a load) changed the policy since the last `refresh`."""
+        return self._fingerprint != self._policy_fingerprint()
+
+    @property
+    def num_layers(self) -> int:
+        return self.base.config.get_text_config(decoder=True).num_hidden_layers
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Brings copied tensors up to date and follows aliases whose source moved."""
+        for parameter, read in self._aliases:
+            if parameter.data_ptr() != (source := read()).data_ptr():
+                parameter.data = source.detach()
+        for storage, read in self._copies:
+            storage.copy_(read())
+        self._fingerprint = self._policy_fingerprint()
+        self.version += 1
+
+    def reference(self) -> nn.Module:
+        """The same tensors in transformers' own modules and attention: what the self-check compares against."""
+        return _adopt(_meta_tree(self.base, self.base.config._attn_implementation), self.model)
+
+    def _policy_fingerprint(self) -> int:
+        return sum(parameter._version for parameter in self.base.parameters())
+
+    def _mirror_module(self, name: str, module: nn.Module) -> None:
+        try:
+            source = self.base.get_submodule(name)
+            for attribute, _ in list(_own_tensors(module)):
+                self._mirror_tensor(module, source, attribute)
+        except (AttributeError, NotImplementedError) as error:
+            raise UnsupportedModelError(
+                f"{type(self.base).__name__} can't be mirrored at `{name}`: {error}. Use TRL's own generation "
+                "(`use_selfspec=False`)."
+            ) from error
+        if type(module) is nn.Linear:
+            _replace(self.model, name, MirrorLinear(module.weight, module.bias))
+
+    def _mirror_tensor(self, module: nn.Module, source: nn.Module, attribute: str) -> None:
+        def read() -> Tensor:
+            return effective_tensor(source, attribute)  # type: ignore[return-value]
+
+        tensor = read()
+        cast = isinstance(module, nn.Linear) and self.autocast_dtype is not None and tensor.dtype == torch.float32
+        if isinstance(tensor, nn.Parameter) and not cast:
+            alias = nn.Parameter(tensor.detach(), requires_grad=False)
+            _assign(module, attribute, alias)
+            self._aliases.append((alias, read))
+            return
+        # Buffers are copied too: some rotary embeddings rewrite theirs, which must not reach the policy.
+        storage = torch.empty_like(tensor, dtype=self.autocast_dtype if cast else tensor.dtype, requires_grad=False)
+        _assign(module, attribute, storage)
+        self._copies.append((storage, read))
+
+
+def make_drafter(mirror: Mirror, qtype: str, quantize_lm_head: bool = True) -> nn.Module:
+    """The target mirror's tree and tensors with a `QuantizedLinear` for every Linear layer; fill it by `requantize`."""
+    tree = _meta_tree(mirror.base, IMPLEMENTATION)
+    head = tree.get_output_embeddings()
+    for name, module in list(tree.named_modules()):
+        layer = mirror.model.get_submodule(name)
+        if not isinstance(layer, MirrorLinear):
+            continue
+        if quantize_lm_head or module is not head:
+            out_features, in_features = layer.weight.shape
+            weight = layer.weight
+            layer = QuantizedLinear(in_features, out_features, layer.bias, qtype, weight.dtype, weight.device)
+        _replace(tree, name, layer)
+    return _adopt(tree, mirror.model)
+
+
+@torch.no_grad()
+def requantize(drafter: nn.Module, mirror: Mirror) -> None:
+    """Quantizes the target mirror's current weights into the drafter, in place, layer by layer."""
+    for name, module in drafter.named_modules():
+        if isinstance(module, QuantizedLinear):
+            module.requantize_(mirror.model.get_submodule(name).weight)
+
+
+def drafter_bytes(drafter: nn.Module) -> int:
+    """Bytes the drafter holds beyond what it shares with the target mirror."""
+    return sum(module.nbytes for module in drafter.modules() if isinstance(module, QuantizedLinear))
+
+
+def _meta_tree(base: nn.Module, attention: str) -> nn.Module:
+    config = copy.deepcopy(base.config)
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    if rope.get("rope_type") in BATCH_DEPENDENT_ROPE:
+        raise UnsupportedModelError(
+            f"rotary scaling `{rope['rope_type']}` depends on the longest row of the batch, so samples would too; "
+            "use TRL's own generation (`use_selfspec=False`)."
+        )
+    config._attn_implementation = attention
+    with torch.device("meta"):
+        return type(base)(config).eval()
+
+
+def _adopt(tree: nn.Module, donor: nn.Module) -> nn.Module:
+    """Points every tensor of `tree` that is still on meta at the donor's of the same name."""
+    for name, module in tree.named_modules():
+        for attribute, tensor in list(_own_tensors(module)):
+            if tensor.is_meta:
+                _assign(module, attribute, getattr(donor.get_submodule(name), attribute))
+    return tree.requires_grad_(False)
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(recurse=False)
+    yield from module.named_buffers(recurse=False)
+
+
+def _assign(module: nn.Module, attribute: str, tensor: Tensor) -> None:
+    """Sets a parameter or buffer without `register_*`'s checks on shape, device and class."""
+    if attribute in module._parameters:
+        is_parameter = isinstance(tensor, nn.Parameter)
+        module._parameters[attribute] = tensor if is_parameter else nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[attribute] = tensor
+
+
+def _replace(tree: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(tree.get_submodule(parent), child, module)

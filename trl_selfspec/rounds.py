@@ -1,0 +1,234 @@
+"""A round advances every active row: a plain round by one token, a speculative one by 1 to γ + 1.
+
+Everything here is device work on the first B rows of `RowState`; the one host sync is the `RoundResult` at the end.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from trl_selfspec.cache import PagedCache
+from trl_selfspec.law import SamplingLaw
+from trl_selfspec.rejection import Verdict, verify_coupled, verify_rejection
+from trl_selfspec.sampling import Purpose, gumbel, sample_inverse_cdf, uniform
+from trl_selfspec.timing import Clock
+
+
+class RowState:
+    """The rows being decoded. Row r's keys and values are valid for slots below `lengths[r] - 1`.
+
+    Provisional drafts are written behind a row's length, where the sampling law finds each position's own history.
+    """
+
+    def __init__(self, max_rows: int, capacity: int, device: torch.device) -> None:
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.tokens = zeros(max_rows, capacity)
+        self.logprobs = zeros(max_rows, capacity, dtype=torch.float32)
+        self.policy_logprobs = zeros(max_rows, capacity, dtype=torch.float32)
+        self.lengths, self.prompt_lengths, self.limits, self.row_ids = (zeros(max_rows) for _ in range(4))
+
+    def admit(self, row: int, prompt: Sequence[int], limit: int, row_id: int) -> None:
+        """Places a prompt; the row ends at the latest when it holds `limit` tokens."""
+        self.tokens[row, : len(prompt)] = torch.tensor(prompt)
+        self.lengths[row] = self.prompt_lengths[row] = len(prompt)
+        self.limits[row], self.row_ids[row] = limit, row_id
+
+    def move(self, source: int, target: int) -> None:
+        for tensor in vars(self).values():
+            tensor[target] = tensor[source]
+
+
+class RoundResult(NamedTuple):
+    """What the host needs to schedule and to count, one entry per row."""
+
+    finished: list[bool]
+    emitted: list[int]  # tokens the row gained
+    accepted: list[int]  # drafts that stood, before truncation at EOS or the limit
+    draft_nan: int  # rows with a draft law that was not finite
+    target_nan: bool  # a token was drawn from a law that was not finite
+
+
+class Verification(Protocol):
+    """How tokens are drawn and drafts judged. Draws depend on (seed, row, position) alone."""
+
+    def draw(self, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Tensor:
+        """Tokens (B,) of a plain round, from processed scores (B, V)."""
+        ...
+
+    def propose(self, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Tensor:
+        """The next draft tokens (B,) from the drafter's processed scores (B, V)."""
+        ...
+
+    def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Verdict:
+        """Judges the (B, γ) proposals since the last call by the target's scores (B, γ+1, V)."""
+        ...
+
+
+class RejectionVerification:
+    """Leviathan et al. 2023 (arXiv 2211.17192): the policy's law, at the highest acceptance."""
+
+    def __init__(self, seed: Tensor) -> None:
+        self.seed = seed
+        self._draft_probs: list[Tensor] = []
+
+    def draw(self, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Tensor:
+        return sample_inverse_cdf(scores.softmax(-1), uniform(self.seed, row_ids, positions, Purpose.TOKEN))
+
+    def propose(self, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Tensor:
+        self._draft_probs.append(scores.softmax(-1))
+        return sample_inverse_cdf(self._draft_probs[-1], uniform(self.seed, row_ids, positions, Purpose.DRAFT))
+
+    def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Verdict:
+        draft_probs, self._draft_probs = torch.stack(self._draft_probs, dim=1), []
+        rows, gamma = row_ids[:, None], drafts.shape[1]
+        resample = torch.cat(
+            [
+                uniform(self.seed, rows, positions[:, :gamma], Purpose.RECOVER),
+                uniform(self.seed, rows, positions[:, gamma:], Purpose.TOKEN),
+            ],
+            dim=1,
+        )
+        accept = uniform(self.seed, rows, positions[:, :gamma], Purpose.ACCEPT)
+        return verify_rejection(drafts, draft_probs, scores.softmax(-1), accept, resample)
+
+
+class CoupledVerification:
+    """Daliri, Musco, Suresh 2024 (arXiv 2408.07978): every token is the one plain sampling gives for this seed."""
+
+    def __init__(self, seed: Tensor) -> None:
+        self.seed = seed
+
+    def draw(self, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Tensor:
+        return (scores + gumbel(self.seed, row_ids, positions, scores.shape[-1])).argmax(-1)
+
+    propose = draw
+
+    def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Verdict:
+        return verify_coupled(drafts, self.draw(scores, row_ids[:, None], positions))
+
+
+class GreedyVerification:
+    """Greedy decoding: the coupled rule without noise."""
+
+    def draw(self, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Tensor:
+        return scores.argmax(-1)
+
+    propose = draw
+
+    def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Verdict:
+        return verify_coupled(drafts, scores.argmax(-1))
+
+
+@dataclass
+class RoundRunner:
+    """Runs rounds over the first rows of `state`; what stays the same for a whole rollout lives here."""
+
+    target: nn.Module
+    drafter: nn.Module | None
+    cache: PagedCache
+    state: RowState
+    law: SamplingLaw
+    verification: Verification
+    max_position: int | None  # largest position the model embeds
+    clock: Clock
+    prefill_kwargs: dict[str, int] = field(default_factory=dict)
+
+    def prefill(self, rows: Tensor, lengths: Tensor, width: int) -> None:
+        """Writes the keys and values of each row's first `lengths` tokens; logits are not needed."""
+        positions = torch.arange(width, device=rows.device).expand(len(rows), width)
+        self.cache.begin(positions, width, rows, lengths, fresh=True)
+        tokens = self.state.tokens[rows, :width]
+        self._run(self.target, tokens, positions, **self.prefill_kwargs)
+
+    def plain(self, num_rows: int, num_slots: int) -> RoundResult:
+        """One target forward of T = 1."""
+        state, rows = self.state, slice(0, num_rows)
+        lengths, row_ids = state.lengths[rows], state.row_ids[rows]
+        logits = self._forward(self.target, lengths[:, None] - 1, num_slots)
+        scores = self._process(logits, lengths)
+        token = self.verification.draw(scores[:, 0], row_ids, lengths)
+        verdict = Verdict(torch.zeros_like(token), token[:, None])
+        return self._commit(verdict, logits, scores, draft_nan=torch.zeros((), device=token.device))
+
+    def speculative(self, num_rows: int, gamma: int, num_slots: int) -> RoundResult:
+        """γ draft forwards of T = 1, one target forward of T = γ + 1, verdict; marks the clock between the two."""
+        assert self.drafter is not None
+        state, rows = self.state, slice(0, num_rows)
+        lengths, row_ids = state.lengths[rows], state.row_ids[rows]
+        nan = torch.zeros(num_rows, dtype=torch.bool, device=lengths.device)
+        for step in range(gamma):
+            at = lengths + step
+            scores = self._process(self._forward(self.drafter, at[:, None] - 1, num_slots), at)[:, 0]
+            nan |= scores.sum(-1).isnan()
+            draft = self.verification.propose(scores, row_ids, at)
+            state.tokens[rows].scatter_(1, at[:, None], draft[:, None])
+        self.clock.mark()
+        positions = lengths[:, None] + torch.arange(gamma + 1, device=lengths.device)
+        drafts = state.tokens[rows].gather(1, positions[:, :gamma])
+        logits = self._forward(self.target, positions - 1, num_slots)
+        scores = self._process(logits, lengths)
+        verdict = self.verification.verify(drafts, scores, row_ids, positions)
+        return self._commit(verdict, logits, scores, nan.sum())
+
+    def _forward(self, model: nn.Module, positions: Tensor, num_slots: int) -> Tensor:
+        self.cache.begin(positions, num_slots)
+        return self._run(model, self.state.tokens[: len(positions)].gather(1, positions), positions)
+
+    def _run(self, model: nn.Module, tokens: Tensor, positions: Tensor, **kwargs: int) -> Tensor:
+        if self.max_position is not None:  # lookahead past the context limit is never kept, only embedded
+            positions = positions.clamp(max=self.max_position)
+        out = model(input_ids=tokens, position_ids=positions, past_key_values=self.cache, use_cache=True, **kwargs)
+        return out.logits
+
+    def _process(self, logits: Tensor, lengths: Tensor) -> Tensor:
+        num_rows = len(lengths)
+        return self.law.process(logits, self.state.tokens[:num_rows], lengths, self.state.prompt_lengths[:num_rows])
+
+    def _commit(self, verdict: Verdict, logits: Tensor, scores: Tensor, draft_nan: Tensor) -> RoundResult:
+        """Writes what the verdict yields, cut at the first EOS and at the row's limit."""
+        state, tokens = self.state, verdict.tokens
+        num_rows, width = tokens.shape
+        lengths, limits = state.lengths[:num_rows], state.limits[:num_rows]
+        offsets = torch.arange(width, device=tokens.device)
+        stops = torch.isin(tokens, self._eos(tokens.device)) & (offsets <= verdict.num_accepted[:, None])
+        stopped = stops.any(1)
+        emitted = torch.where(stopped, stops.int().argmax(1), verdict.num_accepted) + 1
+        emitted = torch.minimum(emitted, limits - lengths)
+        stopped &= (stops & (offsets < emitted[:, None])).any(1)
+
+        positions = lengths[:, None] + offsets
+        logprobs, policy_logprobs = self._logprobs(tokens, logits, scores)
+        state.tokens[:num_rows].scatter_(1, positions, tokens)
+        state.logprobs[:num_rows].scatter_(1, positions, logprobs)
+        state.policy_logprobs[:num_rows].scatter_(1, positions, policy_logprobs)
+        target_nan = (logprobs.isnan() & (offsets < emitted[:, None])).any()
+        lengths += emitted
+        finished = stopped | (lengths >= limits)
+        flat = torch.cat([finished.long(), emitted, verdict.num_accepted, torch.stack([draft_nan.long(), target_nan.long()])])
+        host = flat.tolist()  # host sync: the only one of a round
+        return RoundResult(
+            [bool(flag) for flag in host[:num_rows]],
+            host[num_rows : 2 * num_rows],
+            host[2 * num_rows : 3 * num_rows],
+            host[-2],
+            bool(host[-1]),
+        )
+
+    def _logprobs(self, tokens: Tensor, logits: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs = _token_logprobs(scores, tokens)
+        if self.law.is_full_softmax:
+            return logprobs, logprobs
+        return logprobs, _token_logprobs(logits.float() / self.law.temperature, tokens)
+
+    def _eos(self, device: torch.device) -> Tensor:
+        return torch.tensor(self.law.eos_token_ids, dtype=torch.int64, device=device)
+
+
+def _token_logprobs(scores: Tensor, tokens: Tensor) -> Tensor:
+    """log_softmax of the tokens (B, T) alone: no (B, T, V) result is kept."""
+    return scores.gather(-1, tokens[..., None])[..., 0] - scores.logsumexp(-1)

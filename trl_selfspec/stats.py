@@ -1,0 +1,207 @@
+"""Counters of a rollout, and the ratios people read.
+
+Everything stored is a sum (``drafter_bytes``, a maximum, is the one exception), so rollouts, tool-loop calls and ranks
+merge by addition and every ratio is a ratio of sums. ``acceptance_rate`` is accepted / drafted; ``alpha`` is accepted /
+examined, where a draft token is examined if all earlier ones of its round were accepted. Only ``alpha`` belongs into
+speed formulas.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Self
+
+MAX_POSITIONS = 16  # longest draft with its own per-position counters
+
+
+def _per_position() -> list[int]:
+    return [0] * MAX_POSITIONS
+
+
+def _ratio(numerator: float, denominator: float) -> float | None:
+    return numerator / denominator if denominator > 0 else None
+
+
+@dataclass
+class RolloutStats:
+    """Raw counters and seconds of one or more rollouts.
+
+    A *round* is one target forward for all active rows; a *row-round* is one row's share of it. Seconds are of one
+    process. `rollout_s` is the wall time of `generate` and holds `prefill_s`, `plain_s`, `draft_s` and `verify_s`;
+    `refresh_s` (requantizing the drafter) is spent outside it. Ratios are `None` where their denominator is 0.
+    """
+
+    num_rows: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    plain_rounds: int = 0
+    plain_row_rounds: int = 0
+    num_rounds_speculative: int = 0
+    drafted_per_position: list[int] = field(default_factory=_per_position)
+    examined_per_position: list[int] = field(default_factory=_per_position)
+    accepted_per_position: list[int] = field(default_factory=_per_position)
+    toggle_active_sequences_sum: int = 0  # rows unfinished when speculation first began in a rollout
+    toggle_count: int = 0  # rollouts in which it began
+    draft_nan_rounds: int = 0
+    rollout_s: float = 0.0
+    prefill_s: float = 0.0
+    plain_s: float = 0.0
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    refresh_s: float = 0.0
+    plain_equivalent_s: float = 0.0  # what plain rounds would have taken for the tokens of all rounds
+    drafter_bytes: int = 0  # merged by maximum
+
+    def add_plain_round(self, rows: int, seconds: float) -> None:
+        self.plain_rounds += 1
+        self.plain_row_rounds += rows
+        self.plain_s += seconds
+        self.plain_equivalent_s += seconds
+
+    def add_speculative_round(
+        self,
+        rows: int,
+        gamma: int,
+        committed: int,  # tokens kept over all rows, after EOS and length limits
+        draft_s: float,
+        verify_s: float,
+        accepted: Sequence[int],  # per position, over rows
+        examined: Sequence[int],  # per position, over rows
+        plain_round_s: float | None,  # Controller.plain_seconds(rows); None counts the round as worth its own seconds
+    ) -> None:
+        self.num_rounds_speculative += 1
+        for i in range(gamma):
+            self.drafted_per_position[i] += rows
+            self.examined_per_position[i] += examined[i]
+            self.accepted_per_position[i] += accepted[i]
+        self.draft_s += draft_s
+        self.verify_s += verify_s
+        known = plain_round_s is not None
+        self.plain_equivalent_s += plain_round_s * committed / rows if known else draft_s + verify_s
+
+    @property
+    def num_drafts(self) -> int:
+        """Row-rounds that had a draft."""
+        return self.drafted_per_position[0]
+
+    @property
+    def num_draft_tokens(self) -> int:
+        return sum(self.drafted_per_position)
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        return sum(self.accepted_per_position)
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        return _ratio(self.num_accepted_tokens, self.num_draft_tokens)
+
+    @property
+    def alpha(self) -> float | None:
+        return _ratio(self.num_accepted_tokens, sum(self.examined_per_position))
+
+    @property
+    def mean_acceptance_length(self) -> float | None:
+        """Tokens per row and speculative round, the recovered or bonus token included."""
+        accepted = _ratio(self.num_accepted_tokens, self.num_drafts)
+        return None if accepted is None else 1.0 + accepted
+
+    @property
+    def acceptance_rate_per_position(self) -> list[float]:
+        """Accepted / drafted for each position (from 0) that was ever drafted."""
+        pairs = zip(self.accepted_per_position, self.drafted_per_position, strict=True)
+        return [accepted / drafted for accepted, drafted in pairs if drafted]
+
+    @property
+    def mean_num_speculative_tokens(self) -> float | None:
+        """Mean draft length over the row-rounds that had a draft."""
+        return _ratio(self.num_draft_tokens, self.num_drafts)
+
+    @property
+    def speculative_round_fraction(self) -> float | None:
+        return _ratio(self.num_rounds_speculative, self.plain_rounds + self.num_rounds_speculative)
+
+    @property
+    def toggle_active_sequences(self) -> float | None:
+        return _ratio(self.toggle_active_sequences_sum, self.toggle_count)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Completion tokens per second of rollout and process."""
+        return _ratio(self.completion_tokens, self.rollout_s)
+
+    @property
+    def estimated_speedup(self) -> float | None:
+        """Seconds this rollout would have taken in plain rounds / seconds it took, requantizing included.
+
+        The plain rollout keeps what both share (prefill, scheduling: all of `rollout_s` outside rounds) and replaces
+        the rounds' seconds by `plain_equivalent_s`: a plain round counts as itself, a speculative one as
+        tokens per row x the measured seconds of a plain round of as many rows. Without speculation it is 1.
+        """
+        rounds_s = self.plain_s + self.draft_s + self.verify_s
+        return _ratio(self.rollout_s - rounds_s + self.plain_equivalent_s, self.rollout_s + self.refresh_s)
+
+    def __iadd__(self, other: Self) -> Self:
+        for f in fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if f.name == "drafter_bytes":
+                self.drafter_bytes = max(mine, theirs)
+            elif isinstance(mine, list):
+                setattr(self, f.name, [a + b for a, b in zip(mine, theirs, strict=True)])
+            else:
+                setattr(self, f.name, mine + theirs)
+        return self
+
+    def merge(self, other: Self) -> Self:
+        """A new sum of both."""
+        total = type(self)()
+        total += self
+        total += other
+        return total
+
+    def metrics(self, num_ranks: int = 1) -> dict[str, float]:
+        """What a trainer logs; a ratio without data is left out.
+
+        Args:
+            num_ranks: Processes whose stats were summed. Seconds are means over them, `tokens_per_s` is their total.
+        """
+        values: dict[str, float | None] = {
+            "acceptance_rate": self.acceptance_rate,
+            "alpha": self.alpha,
+            "mean_acceptance_length": self.mean_acceptance_length,
+            "num_speculative_tokens": self.mean_num_speculative_tokens,
+            "speculative_round_fraction": self.speculative_round_fraction,
+            "toggle_active_sequences": self.toggle_active_sequences,
+            "tokens_per_s": None if self.tokens_per_s is None else self.tokens_per_s * num_ranks,
+            "rollout_s": self.rollout_s / num_ranks,
+            "refresh_s": self.refresh_s / num_ranks,
+            "estimated_speedup": self.estimated_speedup,
+            "drafter_bytes": float(self.drafter_bytes),
+            "draft_nan_rounds": float(self.draft_nan_rounds),
+        }
+        for i, rate in enumerate(self.acceptance_rate_per_position):
+            values[f"acceptance_rate_pos_{i}"] = rate
+        return {f"selfspec/{name}": value for name, value in values.items() if value is not None}
+
+    def to_vector(self) -> list[float]:
+        """All sums, in one fixed order and length, for an all-reduce; `drafter_bytes` has to be maximised apart."""
+        vector: list[float] = []
+        for f in _SUMMED:
+            value = getattr(self, f)
+            vector.extend(map(float, value) if isinstance(value, list) else [float(value)])
+        return vector
+
+    @classmethod
+    def from_vector(cls, vector: Sequence[float], drafter_bytes: int = 0) -> Self:
+        stats = cls(drafter_bytes=drafter_bytes)
+        values = iter(vector)
+        for f in _SUMMED:
+            value = getattr(stats, f)
+            if isinstance(value, list):
+                setattr(stats, f, [round(next(values)) for _ in value])
+            else:
+                setattr(stats, f, next(values) if f.endswith("_s") else round(next(values)))
+        assert next(values, None) is None, "the vector is longer than RolloutStats"
+        return stats
+
+
+_SUMMED = tuple(f.name for f in fields(RolloutStats) if f.name != "drafter_bytes")
