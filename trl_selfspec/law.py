@@ -138,6 +138,9 @@ class _Prefixes:
         return torch.stack(masks, dim=1)[..., :vocab_size]
 
 
+Step = Callable[[Tensor, _Prefixes], Tensor]
+
+
 @dataclass(frozen=True)
 class _Flat:
     processor: Processor
@@ -192,6 +195,7 @@ class _Factory:
         self.model: Any = model
         self.device = device
         self.config = copy.copy(generation_config)
+        # The only call of this private method: processors read the EOS tensor that it leaves on the config.
         self.model._prepare_special_tokens(self.config, device=device)
         self._cache: dict[tuple[int, tuple[int, ...]], Processor] = {}
 
@@ -215,11 +219,11 @@ class _Factory:
             self._cache[key] = self.build(key[1])[index]
         return self._cache[key]
 
-    def steps(self) -> list[Callable[[Tensor, _Prefixes], Tensor]]:
+    def steps(self) -> list[Step]:
         steps = (self._step(index, processor) for index, processor in enumerate(self.build((0,))))
         return [step for step in steps if step is not None]
 
-    def _step(self, index: int, processor: Any) -> Callable[[Tensor, _Prefixes], Tensor] | None:
+    def _step(self, index: int, processor: Any) -> Step | None:
         kind = type(processor)
         if kind in _POSITION_FREE:
             return _Flat(processor)
@@ -257,13 +261,7 @@ class SamplingLaw:
         is_full_softmax: The processed log-probabilities are `log_softmax(logits / temperature)`.
     """
 
-    def __init__(
-        self,
-        steps: list[Callable[[Tensor, _Prefixes], Tensor]],
-        greedy: bool,
-        temperature: float,
-        eos_token_ids: tuple[int, ...],
-    ):
+    def __init__(self, steps: list[Step], greedy: bool, temperature: float, eos_token_ids: tuple[int, ...]):
         self._steps = steps
         self.greedy = greedy
         self.temperature = temperature

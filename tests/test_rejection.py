@@ -1,0 +1,338 @@
+"""Rejection keeps the target's law; coupling keeps its samples. Unit level: tables of laws, no model."""
+
+from collections.abc import Callable
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from laws import FALSE_ALARM, chi_square, joint_counts, joint_law, mutant, rejected
+from torch import Tensor
+
+from trl_selfspec import rejection
+from trl_selfspec.rejection import residual, verify_coupled, verify_rejection
+from trl_selfspec.sampling import Purpose, sample_inverse_cdf, uniform
+
+
+VOCAB = 8
+ROWS = 250_000
+SEED = torch.tensor(20240817)
+exactly = settings(max_examples=200, deadline=None, derandomize=True)
+
+
+@st.composite
+def laws(draw: st.DrawFn, size: int) -> Tensor:
+    """Laws in float64 with zeros, one-hot and nearly one-hot ones among them."""
+    weight = st.sampled_from([0.0, 0.0, 1.0, 1e-9]) | st.floats(1e-6, 1.0)
+    weights = draw(st.lists(weight, min_size=size, max_size=size).filter(any))
+    law = torch.tensor(weights, dtype=torch.float64)
+    return law / law.sum()
+
+
+@st.composite
+def pairs(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Target and draft: unrelated, equal, equal up to rounding, or disjoint."""
+    size = draw(st.integers(2, 8))
+    target, draft = draw(laws(size)), draw(laws(size))
+    kind = draw(st.sampled_from(["unrelated", "equal", "rounded", "disjoint"]))
+    if kind == "equal":
+        draft = target.clone()
+    elif kind == "rounded":
+        draft = target.float().double()
+        draft = draft / draft.sum()
+    elif kind == "disjoint":
+        target, draft = torch.cat([target, target * 0]), torch.cat([draft * 0, draft])
+    return target, draft
+
+
+def output_law(target: Tensor, draft: Tensor, rest: Tensor) -> Tensor:
+    accepted = torch.minimum(target, draft)
+    return accepted + (1 - accepted.sum()) * rest
+
+
+@exactly
+@given(pairs())
+def test_accepted_and_recovered_mass_add_up_to_the_target(pair: tuple[Tensor, Tensor]) -> None:
+    """The identity that makes rejection lossless, to rounding: a wrong residual shows on the first pair."""
+    rest = residual(*pair)
+    torch.testing.assert_close(output_law(*pair, rest), pair[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(rest.sum(), torch.ones((), dtype=torch.float64), rtol=0, atol=1e-12)
+    assert (rest >= 0).all()
+    assert not rest[pair[0] == 0].any()
+
+
+def test_control_the_identity_fails_with_the_target_as_residual() -> None:
+    target, draft = torch.tensor([0.7, 0.3]).double(), torch.tensor([0.4, 0.6]).double()
+    assert (output_law(target, draft, target) - target).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_residual_of_laws_equal_up_to_rounding_is_a_law(dtype: torch.dtype) -> None:
+    """Prevents 0/0 where drafter and target agree: a NaN law would stop the rollout."""
+    target = torch.softmax(torch.linspace(-40, 4, 50_000, dtype=dtype).view(50, 1000), -1)
+    rounded = target * (1 + torch.finfo(dtype).eps * torch.tensor([-1, 0, 1, 0, 0], dtype=dtype).repeat(200))
+    for draft in (target, rounded):
+        rest = residual(target, draft)
+        assert rest.isfinite().all()
+        torch.testing.assert_close(rest.sum(-1), torch.ones(50, dtype=dtype))
+    assert torch.equal(residual(target, target), target)
+
+
+def test_residual_leaves_its_arguments_alone() -> None:
+    """The engine reads target_probs again for log-probabilities; in-place arithmetic must not reach them."""
+    target, draft = torch.tensor([[0.75, 0.25]]), torch.tensor([[0.5, 0.5]])
+    residual(target, draft)
+    assert target.tolist() == [[0.75, 0.25]]
+    assert draft.tolist() == [[0.5, 0.5]]
+
+
+def scalar_rule(
+    drafts: list[int], q: list[list[float]], p: list[list[float]], accept: list[float], resample: list[float]
+) -> list[int]:
+    """Leviathan et al.'s algorithm 1 for one row, with lists and loops."""
+    for k, x in enumerate(drafts):
+        if accept[k] * q[k][x] >= p[k][x]:
+            weights = [max(a - b, 0.0) for a, b in zip(p[k], q[k], strict=True)]
+            weights = weights if sum(weights) > 0 else p[k]
+            return [*drafts[:k], first_above(weights, resample[k])]
+    return [*drafts, first_above(p[-1], resample[-1])]
+
+
+def first_above(weights: list[float], u: float) -> int:
+    height, total = u * sum(weights), 0.0
+    for token, weight in enumerate(weights):
+        total += weight
+        if total > height:
+            return token
+    raise AssertionError("no mass above u")
+
+
+@exactly
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(2, 5), st.integers(0, 2**31))
+def test_vectorised_rule_equals_the_scalar_one(batch: int, gamma: int, vocab: int, seed: int) -> None:
+    """Prevents off-by-one gathers: residual, uniform and output slot must all be those of the first rejection."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    def some_laws(length: int) -> Tensor:
+        weights = draw(batch, length, vocab) ** 4 + 1e-3
+        return weights / weights.sum(-1, keepdim=True)
+
+    q, p, accept, resample = some_laws(gamma), some_laws(gamma + 1), draw(batch, gamma), draw(batch, gamma + 1)
+    drafts = sample_inverse_cdf(q, draw(batch, gamma))
+    verdict = verify_rejection(drafts, q, p, accept, resample)
+    for b in range(batch):
+        expected = scalar_rule(*(t[b].tolist() for t in (drafts, q, p, accept, resample)))
+        assert verdict.tokens[b, : verdict.num_accepted[b] + 1].tolist() == expected
+    assert verdict.tokens.shape == (batch, gamma + 1)
+    assert verdict.tokens.dtype == torch.int64
+
+
+def impossible_draft(module: ModuleType) -> int:
+    """Token 0 is drafted, the target forbids it, and u is exactly 0."""
+    q, p = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0], [0.5, 0.5]]])
+    zeros = torch.zeros(1, 2, dtype=torch.float64)
+    return int(module.verify_rejection(torch.tensor([[0]]), q, p, zeros[:, :1], zeros).tokens[0, 0])
+
+
+def test_forbidden_token_is_not_accepted_at_u_zero() -> None:
+    """Prevents a token outside top-k or top-p, whose log-probability is -inf, once in 2^53 draws."""
+    assert impossible_draft(rejection) == 1
+
+
+def test_control_a_weak_inequality_accepts_the_forbidden_token() -> None:
+    assert impossible_draft(mutant(rejection, ("uniforms * q < p", "uniforms * q <= p"))) == 0
+
+
+def test_equal_laws_accept_everything() -> None:
+    """A drafter equal to the policy loses nothing, at the largest uniform too."""
+    law = torch.softmax(torch.randn(64, 3, VOCAB, generator=torch.Generator().manual_seed(0)), -1)
+    drafts = sample_inverse_cdf(law[:, :2], uniform(SEED, torch.arange(64)[:, None], torch.arange(2), Purpose.DRAFT))
+    largest = torch.full((64, 3), 1 - 2.0**-53, dtype=torch.float64)
+    verdict = verify_rejection(drafts, law[:, :2], law, largest[:, :2], largest)
+    assert (verdict.num_accepted == 2).all()
+    assert torch.equal(verdict.tokens[:, :2], drafts)
+
+
+def test_nan_draft_law_gives_the_target() -> None:
+    """A broken drafter costs speed, never a wrong sample."""
+    q, p = torch.full((1, 1, 3), torch.nan), torch.tensor([[[0.0, 0.25, 0.75], [1.0, 0.0, 0.0]]])
+    accept, resample = torch.zeros(1, 1, dtype=torch.float64), torch.tensor([[0.5, 0.0]], dtype=torch.float64)
+    verdict = verify_rejection(torch.tensor([[1]]), q, p, accept, resample)
+    assert verdict.num_accepted.tolist() == [0]
+    assert verdict.tokens[0, 0] == 2
+
+
+def test_rows_do_not_see_their_neighbours() -> None:
+    """Prevents indexing across rows."""
+    generator = torch.Generator().manual_seed(1)
+    q = torch.softmax(2 * torch.randn(32, 3, VOCAB, generator=generator), -1)
+    p = torch.softmax(2 * torch.randn(32, 4, VOCAB, generator=generator), -1)
+    row, position = torch.arange(32)[:, None], torch.arange(4)
+    accept, resample = (uniform(SEED, row, position, purpose) for purpose in (Purpose.ACCEPT, Purpose.RECOVER))
+    drafts = sample_inverse_cdf(q, uniform(SEED, row, position[:3], Purpose.DRAFT))
+    together = verify_rejection(drafts, q, p, accept[:, :3], resample)
+    for b in range(32):
+        one = slice(b, b + 1)
+        alone = verify_rejection(drafts[one], q[one], p[one], accept[one, :3], resample[one])
+        assert torch.equal(alone.tokens, together.tokens[one])
+        assert torch.equal(alone.num_accepted, together.num_accepted[one])
+
+
+def test_coupled_accepts_while_equal() -> None:
+    """An equal token after the first difference followed a false prefix and must not count."""
+    drafts = torch.tensor([[1, 2, 3], [1, 9, 3], [9, 2, 3], [1, 2, 9]])
+    target = torch.tensor([[1, 2, 3, 4]]).expand(4, 4)
+    verdict = verify_coupled(drafts, target)
+    assert verdict.num_accepted.tolist() == [3, 1, 0, 2]
+    assert torch.equal(verdict.tokens, target)
+
+
+def test_no_host_sync() -> None:
+    """On meta tensors any read of a value raises; on CUDA it would stall every round and break graph capture."""
+    q, u = torch.empty(2, 3, VOCAB, device="meta"), torch.empty(2, 4, device="meta", dtype=torch.float64)
+    p, tokens = torch.empty(2, 4, VOCAB, device="meta"), torch.empty(2, 4, device="meta", dtype=torch.int64)
+    assert verify_rejection(tokens[:, :3], q, p, u[:, :3], u).tokens.shape == (2, 4)
+    assert verify_coupled(tokens[:, :3], tokens).num_accepted.shape == (2,)
+    with pytest.raises(RuntimeError):
+        q.sum().item()
+
+
+def softmax(*shape: int, seed: int, scale: float = 1.5) -> Tensor:
+    return torch.softmax(scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), -1)
+
+
+def keep(law: Tensor, *tokens: int) -> Tensor:
+    masked = torch.zeros_like(law)
+    masked[list(tokens)] = law[list(tokens)]
+    return masked / masked.sum()
+
+
+TARGET, DRAFT = softmax(VOCAB, seed=1), softmax(VOCAB, seed=2)
+PAIRS = {
+    "unrelated": (TARGET, DRAFT),
+    "equal": (TARGET, TARGET),
+    "close": (TARGET, 0.9 * TARGET + 0.1 * DRAFT),
+    "nested": (keep(TARGET, 1, 2, 5), DRAFT),
+    "target wider": (TARGET, keep(DRAFT, 0, 3)),
+    "overlapping": (keep(TARGET, 0, 1, 2, 3), keep(DRAFT, 2, 3, 4, 5)),
+    "disjoint": (keep(TARGET, 0, 1, 2), keep(DRAFT, 5, 6)),
+    "one-hot target": (keep(TARGET, 4), DRAFT),
+    "one-hot draft": (TARGET, keep(DRAFT, 4)),
+    "rare token": (torch.tensor([1 - 7e-4, *[1e-4] * 7]), DRAFT),
+}
+
+
+def numbers(positions: Tensor, purpose: Purpose, seed: int = 0) -> Tensor:
+    return uniform(SEED + seed, torch.arange(ROWS)[:, None], positions, purpose)
+
+
+def test_every_token_of_a_round_has_the_target_law() -> None:
+    """One draft: the token in its place, and the bonus token where it was accepted. False alarm: 1 in 10^4."""
+    p_values = {}
+    for index, (name, (target, draft)) in enumerate(PAIRS.items()):
+        at = torch.arange(2)
+        drafts = sample_inverse_cdf(draft.expand(ROWS, 1, -1), numbers(at[:1], Purpose.DRAFT, index))
+        verdict = verify_rejection(
+            drafts,
+            draft.expand(ROWS, 1, -1),
+            target.expand(ROWS, 2, -1),
+            numbers(at[:1], Purpose.ACCEPT, index),
+            numbers(at, Purpose.RECOVER, index),
+        )
+        bonus = verdict.tokens[verdict.num_accepted == 1, 1:]
+        p_values[name] = chi_square(joint_counts(verdict.tokens[:, :1].numpy(), VOCAB), target.numpy())
+        if len(bonus):
+            p_values[f"{name}, bonus"] = chi_square(joint_counts(bonus.numpy(), VOCAB), target.numpy())
+        accepted, expected = int((verdict.num_accepted == 1).sum()), float(torch.minimum(target, draft).sum())
+        rate = np.array([expected, max(1 - expected, 0)])
+        p_values[f"{name}, acceptance"] = chi_square(np.array([accepted, ROWS - accepted]), rate / rate.sum())
+    assert not rejected(p_values)
+
+
+LENGTH, GAMMA = 3, 2
+_masked = torch.rand(LENGTH + GAMMA, VOCAB, VOCAB, VOCAB, generator=torch.Generator().manual_seed(5)) < 0.2
+_masked[..., 0] = False
+TARGETS = softmax(LENGTH + GAMMA, VOCAB, VOCAB, VOCAB, seed=3).masked_fill(_masked, 0)
+TARGETS = TARGETS / TARGETS.sum(-1, keepdim=True)  # [position, token before last, last token]: law of the next
+DRAFTS = 0.5 * TARGETS + 0.5 * softmax(LENGTH + GAMMA, VOCAB, VOCAB, VOCAB, seed=4)
+JOINT = joint_law([t.double().numpy() for t in (TARGETS[0, 0, 0], TARGETS[1, 0], TARGETS[2])])
+JOINT = JOINT / JOINT.sum()
+
+Numbers = Callable[[Tensor, Purpose], Tensor]
+Verify = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], rejection.Verdict]
+
+
+def simulate(verify: Verify = verify_rejection, draw: Numbers = numbers) -> np.ndarray:  # (ROWS, LENGTH)
+    """Ragged rounds of GAMMA drafts, with numbers keyed by position as in rollouts.
+
+    Two zeros precede each row's tokens, so that its first laws have a prefix to look up. Every round yields a token or
+    more, so LENGTH rounds do.
+    """
+    tokens = torch.zeros(ROWS, 2 + LENGTH * (GAMMA + 1), dtype=torch.int64)
+    lengths = torch.zeros(ROWS, 1, dtype=torch.int64)
+
+    def law(tables: Tensor, at: Tensor) -> Tensor:
+        return tables[at.clamp(max=len(tables) - 1), tokens.gather(1, at), tokens.gather(1, at + 1)]
+
+    for _ in range(LENGTH):
+        at = lengths + torch.arange(GAMMA + 1)
+        draft_probs = []
+        for k in range(GAMMA):
+            here = at[:, k : k + 1]
+            draft_probs.append(law(DRAFTS, here))
+            tokens.scatter_(1, here + 2, sample_inverse_cdf(draft_probs[-1], draw(here, Purpose.DRAFT)))
+        verdict = verify(
+            tokens.gather(1, at[:, :GAMMA] + 2),
+            torch.cat(draft_probs, 1),
+            law(TARGETS, at),
+            draw(at[:, :GAMMA], Purpose.ACCEPT),
+            draw(at, Purpose.RECOVER),
+        )
+        tokens.scatter_(1, at + 2, verdict.tokens)
+        lengths += verdict.num_accepted.unsqueeze(1) + 1
+    return tokens[:, 2 : 2 + LENGTH].numpy()
+
+
+def p_value(samples: np.ndarray) -> float:
+    return chi_square(joint_counts(samples, VOCAB), JOINT)
+
+
+def test_joint_law_of_three_tokens_is_the_targets() -> None:
+    """Laws with holes that depend on the prefix, ragged rounds, reused positions. False alarm: 1 in 10^4."""
+    assert p_value(simulate()) > FALSE_ALARM
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        pytest.param("uniforms * q < p", "uniforms * p < q", id="ratio inverted"),
+        pytest.param("law = residual(target_probs[row, num_accepted], draft_law)",
+                     "law = target_probs[row, num_accepted]", id="recovered from the target"),
+        pytest.param("residual(target_probs[row, num_accepted],", "residual(target_probs[row, 0],",
+                     id="residual of the first position"),
+        pytest.param("num_accepted == gamma", "num_accepted > gamma", id="bonus from the residual"),
+        pytest.param("cumprod(1)", "clone()", id="accepted after a rejection"),
+    ],
+)  # fmt: skip
+def test_control_broken_rules_miss_the_law(old: str, new: str) -> None:
+    assert p_value(simulate(mutant(rejection, (old, new)).verify_rejection)) < FALSE_ALARM
+
+
+@pytest.mark.parametrize(("shared", "used_again"), [("ACCEPT", "RECOVER"), ("DRAFT", "RECOVER"), ("DRAFT", "ACCEPT")])
+def test_control_numbers_used_twice_miss_the_law(shared: str, used_again: str) -> None:
+    """Given a rejection, neither the draft's nor the test's number is uniform any more."""
+
+    def draw(positions: Tensor, purpose: Purpose) -> Tensor:
+        return numbers(positions, Purpose[shared] if purpose == Purpose[used_again] else purpose)
+
+    assert p_value(simulate(draw=draw)) < FALSE_ALARM
+
+
+def test_control_numbers_without_position_miss_the_law() -> None:
+    """The same numbers at every position: each token has nearly its law, the tokens are not independent."""
+    assert p_value(simulate(draw=lambda positions, purpose: numbers(positions * 0, purpose))) < FALSE_ALARM
