@@ -163,14 +163,16 @@ class PagedCache(Cache):
 
     def share_prefix(self, source: int, targets: Sequence[int], num_tokens: int) -> None:
         """Gives `targets` the first `num_tokens` slots of `source`: full pages are shared, the rest is copied."""
-        full_pages = 0 if self.dense else num_tokens // self.page_size
+        if self.dense:
+            self._copy_page(source + 1, [row + 1 for row in targets], num_tokens)
+            return
+        full_pages = num_tokens // self.page_size
         shared, tail = self._pages[source][:full_pages], num_tokens - full_pages * self.page_size
         for row in targets:
-            if not self.dense:
-                assert not self._pages[row], "a row that shares a prefix starts empty"
-                self._pages[row] = list(shared)
-                for page in shared:
-                    self._owners[page] += 1
+            assert not self._pages[row], "a row that shares a prefix starts empty"
+            self._pages[row] = list(shared)
+            for page in shared:
+                self._owners[page] += 1
             self.reserve(row, max(num_tokens, 1))
             if tail:
                 self._copy_page(self._pages[source][full_pages], self._pages[row][full_pages], tail)
@@ -201,13 +203,13 @@ class PagedCache(Cache):
         """Bytes of all pages of all layers that have been written to."""
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)
 
-    def _copy_page(self, source: int, target: int, num_slots: int) -> None:
+    def _copy_page(self, source: int, targets: int | list[int], num_slots: int) -> None:
         for layer in self.layers:
             if layer.is_initialized:
                 for storage in (layer.keys, layer.values):
-                    storage[target, :num_slots] = storage[source, :num_slots]
+                    storage[targets, :num_slots] = storage[source, :num_slots]
 
     def _sync_table(self, rows: Sequence[int]) -> None:
-        for row in rows:
-            pages = self._pages[row]
-            self._table[row] = torch.tensor(pages + [TRASH_PAGE] * (self.pages_per_row - len(pages)))
+        padded = [self._pages[row] + [TRASH_PAGE] * (self.pages_per_row - len(self._pages[row])) for row in rows]
+        if padded:
+            self._table[list(rows)] = torch.tensor(padded, device=self.device)

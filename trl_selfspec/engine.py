@@ -194,7 +194,7 @@ class SelfSpecEngine:
         verification = GreedyVerification() if law.greedy else self._verification(torch.tensor(seed, device=self.device))
         runner = RoundRunner(
             target=self._mirror.model,
-            drafter=self._drafter,
+            drafter=None,
             cache=cache,
             state=RowState(max_rows, capacity, self.device),
             law=law,
@@ -204,8 +204,13 @@ class SelfSpecEngine:
             prefill_kwargs=self._prefill_kwargs(),
         )
 
-        def prepare_drafter() -> None:
-            runner.drafter = self._current_drafter(cache)
+        def prepare_drafter() -> float:
+            start = time.perf_counter()
+            if runner.drafter is None:
+                runner.drafter = self._current_drafter(cache)
+            seconds = time.perf_counter() - start
+            self._refresh_s += seconds
+            return seconds
 
         return Rollout(runner, Scheduler(requests, max_rows), self.controller, prepare_drafter, on_round)
 
@@ -226,14 +231,11 @@ class SelfSpecEngine:
 
     def _current_drafter(self, cache: PagedCache) -> torch.nn.Module:
         """The drafter, quantized from the weights that `refresh` asked for."""
-        if self._drafter is None or self._drafter_version != self._wanted_version:
-            start = time.perf_counter()
-            if self._drafter is None:
-                self._drafter = make_drafter(self._mirror, self.draft_qtype, self.options.quantize_lm_head)
-                bind_cache(self._drafter, cache)
+        if self._drafter is None:
+            self._drafter = make_drafter(self._mirror, self.draft_qtype, self.options.quantize_lm_head)
+        if self._drafter_version != self._wanted_version:
             requantize(self._drafter, self._mirror)
             self._drafter_version = self._wanted_version
-            self._refresh_s += time.perf_counter() - start
         bind_cache(self._drafter, cache)
         return self._drafter
 

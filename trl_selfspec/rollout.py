@@ -33,7 +33,7 @@ class Rollout:
     runner: RoundRunner
     scheduler: Scheduler
     controller: Controller
-    prepare_drafter: Callable[[], None]
+    prepare_drafter: Callable[[], float]  # makes the drafter current; returns the seconds it took
     on_round: Callable[[Progress], None] | None = None
     stats: RolloutStats = field(default_factory=RolloutStats)
 
@@ -69,7 +69,9 @@ class Rollout:
 
     def _speculate(self, gamma: int) -> RoundResult:
         runner, num_rows = self.runner, self.scheduler.num_active
-        self.prepare_drafter()
+        requantize_s = self.prepare_drafter()
+        self.controller.observe_requantize(requantize_s)
+        self.stats.rollout_s -= requantize_s  # counted as refresh_s
         if self.stats.num_rounds_speculative == 0:
             self.stats.toggle_active_sequences_sum += self.scheduler.num_unfinished
             self.stats.toggle_count += 1

@@ -1,8 +1,8 @@
 """Counters of a rollout, and the ratios people read.
 
-Everything stored is a sum (``drafter_bytes``, a maximum, is the one exception), so rollouts, tool-loop calls and ranks
-merge by addition and every ratio is a ratio of sums. ``acceptance_rate`` is accepted / drafted; ``alpha`` is accepted /
-examined, where a draft token is examined if all earlier ones of its round were accepted. Only ``alpha`` belongs into
+Everything stored is a sum (`drafter_bytes`, a maximum, is the one exception), so rollouts, tool-loop calls and ranks
+merge by addition and every ratio is a ratio of sums. `acceptance_rate` is accepted / drafted; `alpha` is accepted /
+examined, where a draft token is examined if all earlier ones of its round were accepted. Only `alpha` belongs into
 speed formulas.
 """
 
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Self
 
-MAX_POSITIONS = 16  # longest draft with its own per-position counters
+from trl_selfspec.options import MAX_DRAFT_LENGTH
 
 
 def _per_position() -> list[int]:
-    return [0] * MAX_POSITIONS
+    return [0] * MAX_DRAFT_LENGTH
 
 
 def _ratio(numerator: float, denominator: float) -> float | None:
@@ -26,8 +26,8 @@ class RolloutStats:
     """Raw counters and seconds of one or more rollouts.
 
     A *round* is one target forward for all active rows; a *row-round* is one row's share of it. Seconds are of one
-    process. `rollout_s` is the wall time of `generate` and holds `prefill_s`, `plain_s`, `draft_s` and `verify_s`;
-    `refresh_s` (requantizing the drafter) is spent outside it. Ratios are `None` where their denominator is 0.
+    process. `rollout_s` is the wall time of `generate` and holds `prefill_s`, `plain_s`, `draft_s` and `verify_s`, but
+    not `requantize_s`, a part of `refresh_s`. Ratios are `None` where their denominator is 0.
     """
 
     num_rows: int = 0
@@ -47,7 +47,8 @@ class RolloutStats:
     plain_s: float = 0.0
     draft_s: float = 0.0
     verify_s: float = 0.0
-    refresh_s: float = 0.0
+    requantize_s: float = 0.0  # bringing the drafter up to date
+    refresh_s: float = 0.0  # following the policy's weights, which plain rounds need too, and requantizing
     plain_equivalent_s: float = 0.0  # what plain rounds would have taken for the tokens of all rounds
     drafter_bytes: int = 0  # merged by maximum
 
@@ -133,12 +134,12 @@ class RolloutStats:
     def estimated_speedup(self) -> float | None:
         """Seconds this rollout would have taken in plain rounds / seconds it took, requantizing included.
 
-        The plain rollout keeps what both share (prefill, scheduling: all of `rollout_s` outside rounds) and replaces
-        the rounds' seconds by `plain_equivalent_s`: a plain round counts as itself, a speculative one as
-        tokens per row x the measured seconds of a plain round of as many rows. Without speculation it is 1.
+        The plain rollout keeps what both share (prefill, scheduling), needs no drafter, and replaces the rounds'
+        seconds by `plain_equivalent_s`: a plain round counts as itself, a speculative one as tokens per row x the
+        measured seconds of a plain round of as many rows. Without speculation it is 1.
         """
         rounds_s = self.plain_s + self.draft_s + self.verify_s
-        return _ratio(self.rollout_s - rounds_s + self.plain_equivalent_s, self.rollout_s + self.refresh_s)
+        return _ratio(self.rollout_s - rounds_s + self.plain_equivalent_s, self.rollout_s + self.requantize_s)
 
     def __iadd__(self, other: Self) -> Self:
         for f in fields(self):
@@ -193,6 +194,8 @@ class RolloutStats:
     @classmethod
     def from_vector(cls, vector: Sequence[float], drafter_bytes: int = 0) -> Self:
         stats = cls(drafter_bytes=drafter_bytes)
+        if len(vector) != len(stats.to_vector()):
+            raise ValueError(f"{len(vector)} values are no RolloutStats, which hold {len(stats.to_vector())}.")
         values = iter(vector)
         for f in _SUMMED:
             value = getattr(stats, f)
@@ -200,7 +203,6 @@ class RolloutStats:
                 setattr(stats, f, [round(next(values)) for _ in value])
             else:
                 setattr(stats, f, next(values) if f.endswith("_s") else round(next(values)))
-        assert next(values, None) is None, "the vector is longer than RolloutStats"
         return stats
 
 

@@ -1,0 +1,52 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer: each builds the environment in $(VENV) first.
+PYTHON ?= python3
+VENV ?= .venv
+OUTPUT ?= outputs/demo
+PYTEST_ARGS ?=
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-gpu quality bench clean
+
+help:
+	@echo "make demo      train a small policy with GRPO in three modes, about 10 minutes on 2 cores"
+	@echo "make test      the test suite"
+	@echo "make test-gpu  the tests that need a CUDA device"
+	@echo "make quality   ruff and pyright"
+	@echo "make bench     time the engines against each other on a 150M-parameter shape"
+	@echo "make env       only build the environment ($(VENV))"
+
+# torch comes first and alone, so that the constraint decides which build of it is taken.
+$(VENV)/.test-stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e '.[test]'
+	touch $@
+
+$(VENV)/.dev-stamp: $(VENV)/.test-stamp
+	$(PIP) -e '.[dev]'
+	touch $@
+
+env: $(VENV)/.test-stamp
+
+demo: env
+	$(BIN)/python scripts/demo.py --output_dir $(OUTPUT)
+
+# One thread per worker: two workers share two cores, and results do not depend on the machine.
+test: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" $(PYTEST_ARGS)
+
+test-gpu: env
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+quality: $(VENV)/.dev-stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(VENV)/.dev-stamp
+	$(BIN)/python scripts/bench_rollout.py run --preset 150m --dtype bf16 --rows 1 --synthetic-acceptance 0.95
+
+clean:
+	rm -rf $(VENV) outputs build *.egg-info .pytest_cache .ruff_cache .hypothesis

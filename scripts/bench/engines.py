@@ -1,0 +1,182 @@
+"""The engines that `bench_rollout.py` times. Each takes a workload and a seed and returns one list of ids per row."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.utils import WorkloadHints
+
+from bench.workload import Workload
+from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.options import SelfSpecOptions
+from trl_selfspec.rejection import Verdict
+from trl_selfspec.rounds import RejectionVerification
+from trl_selfspec.sampling import Purpose, uniform
+from trl_selfspec.stats import RolloutStats
+
+
+ENGINES = ("stock", "continuous", "plain", "selfspec")
+TRL_CB_MEMORY_PERCENT = 0.5  # TRL's default for its continuous batching, which leaves room for training
+
+
+class Engine(Protocol):
+    def rollout(self, workload: Workload, seed: int) -> list[list[int]]: ...
+
+
+def _generation_config(max_new_tokens: int, **kwargs: Any) -> GenerationConfig:
+    """What TRL builds from GRPOConfig's defaults, without end-of-sequence tokens."""
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=True,
+        pad_token_id=0,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        repetition_penalty=1.0,
+        disable_compile=True,
+        **kwargs,
+    )
+
+
+class ForcedLengths(StoppingCriteria):
+    """Marks each row done at its own length, as an end-of-sequence token would."""
+
+    eos_token_id = None  # its presence makes `generate` pad rows that are done
+
+    def __init__(self, prompt_width: int, lengths: Sequence[int], device: torch.device) -> None:
+        self.ends = torch.tensor([prompt_width + length for length in lengths], device=device)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+        return input_ids.shape[1] >= self.ends  # type: ignore[return-value]
+
+
+class StockEngine:
+    """`model.generate` as TRL calls it: a left-padded batch that decodes until its slowest row is done."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def rollout(self, workload: Workload, seed: int) -> list[list[int]]:
+        torch.manual_seed(seed)
+        device = self.model.device
+        width = max(map(len, workload.prompt_ids))
+        padded = [[0] * (width - len(ids)) + ids for ids in workload.prompt_ids]
+        mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in workload.prompt_ids]
+        output = self.model.generate(  # pyright: ignore[reportCallIssue]
+            input_ids=torch.tensor(padded, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=_generation_config(max(workload.lengths)),
+            stopping_criteria=StoppingCriteriaList([ForcedLengths(width, workload.lengths, device)]),
+        )
+        completions = output[:, width:].tolist()
+        if any(any(row[length:]) for row, length in zip(completions, workload.lengths, strict=True)):
+            raise RuntimeError("engine 'stock' went on after a row's forced length")
+        return [row[:length] for row, length in zip(completions, workload.lengths, strict=True)]
+
+
+class ContinuousEngine:
+    """transformers' `generate_batch` as TRL calls it: its own loop, with a length for each request."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def rollout(self, workload: Workload, seed: int) -> list[list[int]]:
+        torch.manual_seed(seed)
+        longest = max(workload.lengths)
+        hints = WorkloadHints(
+            max_prompt_length=max(map(len, workload.prompt_ids)),
+            max_generated_length=longest,
+            num_requests=len(workload.prompt_ids),
+        )
+        with self.model.continuous_batching_context_manager(  # pyright: ignore[reportCallIssue]
+            generation_config=_generation_config(longest, eos_token_id=-1),
+            continuous_batching_config=ContinuousBatchingConfig(max_memory_percent=TRL_CB_MEMORY_PERCENT),
+            block=True,
+            timeout=5,
+            workload_hints=hints,
+        ) as manager:
+            names = [
+                manager.add_request(ids, max_new_tokens=length, eos_token_id=-1)
+                for ids, length in zip(workload.prompt_ids, workload.lengths, strict=True)
+            ]
+            results: dict[str, list[int]] = {}
+            while len(results) < len(names):
+                result = manager.get_result(timeout=1)
+                if result is not None and result.is_finished():
+                    results[result.request_id] = list(result.generated_tokens)
+                elif result is None and not manager.is_running():
+                    raise RuntimeError("engine 'continuous': transformers' generation thread ended early")
+        return [results[name] for name in names]
+
+
+class SyntheticVerification(RejectionVerification):
+    """Does the real verification's work, then accepts each draft with one fixed probability instead of its verdict."""
+
+    def __init__(self, seed: Tensor, acceptance: float) -> None:
+        super().__init__(seed)
+        self.acceptance = acceptance
+
+    def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Verdict:
+        real = super().verify(drafts, scores, row_ids, positions)
+        lots = uniform(self.seed, row_ids[:, None], positions[:, : drafts.shape[1]], Purpose.ACCEPT)
+        num_accepted = (lots < self.acceptance).long().cumprod(dim=1).sum(dim=1)
+        last = real.tokens.gather(1, real.num_accepted[:, None])
+        tokens = torch.cat([drafts, last], dim=1).scatter(1, num_accepted[:, None], last)
+        return Verdict(num_accepted, tokens)
+
+
+class SyntheticEngine(SelfSpecEngine):
+    """Random weights say nothing about acceptance: here it is given. Its samples are meaningless."""
+
+    def __init__(self, model: PreTrainedModel, options: SelfSpecOptions, acceptance: float) -> None:
+        super().__init__(model, options)
+        self.acceptance = acceptance
+
+    def _verification(self, seed: Tensor) -> SyntheticVerification:
+        return SyntheticVerification(seed, self.acceptance)
+
+
+class OwnEngine:
+    """Ours: `plain` with 0 drafted tokens, `selfspec` otherwise."""
+
+    def __init__(
+        self, model: PreTrainedModel, options: SelfSpecOptions, synthetic_acceptance: float | None = None
+    ) -> None:
+        synthetic = synthetic_acceptance is not None
+        self.engine = (
+            SyntheticEngine(model, options, synthetic_acceptance) if synthetic else SelfSpecEngine(model, options)
+        )
+        self.stats = RolloutStats()  # of the timed rollouts
+        self.refresh_s = 0.0  # quantizing the drafter, which these constant weights need only once, at the first draft
+
+    def rollout(self, workload: Workload, seed: int) -> list[list[int]]:
+        config = _generation_config(max(workload.lengths))
+        output = self.engine.generate(workload.prompt_ids, config, seed=seed, max_new_tokens=workload.lengths)
+        self.stats += output.stats
+        return output.completion_ids
+
+    @property
+    def learns(self) -> bool:
+        """Whether a gate has costs to learn."""
+        return self.engine.options.num_speculative_tokens != 0
+
+    def forget_warmup(self) -> None:
+        self.refresh_s, self.stats = self.stats.refresh_s, RolloutStats()
+
+
+def make_engines(
+    model: PreTrainedModel, names: Sequence[str], options: SelfSpecOptions, synthetic_acceptance: float | None
+) -> dict[str, Engine]:
+    """Build the named engines on one model, in the order given; `options` are those of `selfspec`."""
+    makers: dict[str, Callable[[], Engine]] = {
+        "stock": lambda: StockEngine(model),
+        "continuous": lambda: ContinuousEngine(model),
+        "plain": lambda: OwnEngine(model, SelfSpecOptions(num_speculative_tokens=0)),
+        "selfspec": lambda: OwnEngine(model, options, synthetic_acceptance),
+    }
+    return {name: makers[name]() for name in names}

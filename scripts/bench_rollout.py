@@ -1,0 +1,228 @@
+"""Time rollout engines side by side, on the same forced work, in one process.
+
+    python scripts/bench_rollout.py run --preset 150m --rows 4 --synthetic-acceptance 0.95
+    python scripts/bench_rollout.py compare before.json after.json
+    python scripts/bench_rollout.py plot benchmarks/*.json --out ratios.png
+
+Repeats are interleaved (A B A B ...). Before them, untimed, every engine does a short rollout and selfspec whole ones
+of at least `--warmup-tokens`: its gate then knows its costs, as it does in training from the second step on. The last
+line on stdout is one JSON object; ratios above 1 mean faster.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from bench import report
+from bench.engines import ENGINES, Engine, OwnEngine, make_engines
+from bench.workload import LENGTH_PROFILES, PRESETS, Workload, load_model, make_workload
+
+from trl_selfspec.options import SelfSpecOptions
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+WARMUP_FRACTION = 0.1  # of each row's length, for engines that learn nothing
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def probability(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{value} is not a probability between 0 and 1")
+    return value
+
+
+def draft_length(text: str) -> int | str:
+    return text if text == "auto" else positive_int(text)
+
+
+def engine_names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in ENGINES:
+            raise argparse.ArgumentTypeError(f"unknown engine {name!r}; engines: {', '.join(ENGINES)}")
+    if not names:
+        raise argparse.ArgumentTypeError(f"no engine named; engines: {', '.join(ENGINES)}")
+    return [name for name in ENGINES if name in names]
+
+
+def available_device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device; use cpu or cuda") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text} is not there; {torch.cuda.device_count()} CUDA devices are")
+    return device
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="time engines", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    model = run.add_mutually_exclusive_group()
+    model.add_argument("--model", type=Path, metavar="PATH", help="a saved model")
+    model.add_argument("--preset", help=f"random weights of a known shape: {', '.join(PRESETS)}; 150m without --model")
+    run.add_argument("--engines", type=engine_names, default="stock,plain,selfspec", help=f"of {', '.join(ENGINES)}")
+    run.add_argument("--rows", type=positive_int, default=1, help="prompts, one completion each")
+    run.add_argument("--length-profile", choices=LENGTH_PROFILES, default="uniform")
+    run.add_argument("--max-new-tokens", type=positive_int, default=128, help="length of the longest row")
+    run.add_argument(
+        "--prompt-length", type=positive_int, default=64, help="of the longest prompt; the shortest has half"
+    )
+    run.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
+    run.add_argument("--device", type=available_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    run.add_argument("--threads", type=positive_int, help="torch's CPU threads; torch's choice if not given")
+    run.add_argument("--warmup-tokens", type=positive_int, default=512, help="of the longest row, for selfspec")
+    run.add_argument("--repeats", type=positive_int, default=3)
+    run.add_argument(
+        "--synthetic-acceptance", type=probability, metavar="A", help="accept each draft with probability A"
+    )
+    run.add_argument("--num-speculative-tokens", type=draft_length, default="auto", help="a draft length, or auto")
+    run.add_argument("--draft-qtype", default="auto", help="quanto qtype of the drafter")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--out", type=Path, help="also write the JSON here")
+    compare = commands.add_parser("compare", help="how ratios changed between two results")
+    compare.add_argument("before", type=Path)
+    compare.add_argument("after", type=Path)
+    plot = commands.add_parser("plot", help="draw ratios over rows")
+    plot.add_argument("results", type=Path, nargs="+")
+    plot.add_argument("--out", type=Path, required=True)
+    return parser
+
+
+def warm_up(name: str, engine: Engine, workload: Workload, tokens: int, seed: int) -> None:
+    short = workload.shortened(WARMUP_FRACTION)
+    short.check(engine.rollout(short, seed), name)
+    if isinstance(engine, OwnEngine):
+        for _ in range(math.ceil(tokens / max(workload.lengths)) if engine.learns else 0):
+            workload.check(engine.rollout(workload, seed), name)
+        engine.forget_warmup()
+
+
+def time_engines(
+    engines: dict[str, Engine], workload: Workload, warmup_tokens: int, repeats: int, seed: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each timed rollout; each engine is warmed up first, and every rollout's lengths are checked."""
+    for name, engine in engines.items():
+        warm_up(name, engine, workload, warmup_tokens, seed)
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    for repeat in range(repeats):
+        for name, engine in engines.items():
+            with report.Stopwatch(device) as watch:
+                completion_ids = engine.rollout(workload, seed + 1 + repeat)
+            workload.check(completion_ids, name)
+            seconds[name].append(watch.seconds)
+            print(f"repeat {repeat + 1}/{repeats}  {name:<11}{watch.seconds:8.3f} s", file=sys.stderr, flush=True)
+    return seconds
+
+
+def engine_report(engine: Engine, seconds: list[float], num_tokens: int, target_bytes: int) -> dict[str, Any]:
+    figures: dict[str, Any] = {
+        "seconds": report.spread(seconds) | {"all": seconds},
+        "tokens_per_s": report.spread([num_tokens / s for s in seconds]),
+    }
+    if isinstance(engine, OwnEngine):
+        figures |= report.own_figures(engine.stats, len(seconds), target_bytes)
+        if engine.learns:
+            figures["gate"] = engine.engine.controller.explain()
+            figures["drafter_bytes"] = engine.engine.drafter_bytes
+            figures["refresh_s"] = engine.refresh_s + engine.stats.refresh_s
+    return figures
+
+
+def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    transformers.logging.set_verbosity_error()
+    device: torch.device = args.device
+    preset = None if args.model else args.preset or "150m"
+    model = load_model(preset, args.model, DTYPES[args.dtype], device, args.seed)
+    workload = make_workload(
+        args.length_profile, args.rows, args.max_new_tokens, args.prompt_length, model.config.vocab_size, args.seed
+    )
+    load_before = os.getloadavg()[0]
+    engines = make_engines(model, args.engines, selfspec_options(args), args.synthetic_acceptance)
+    seconds = time_engines(engines, workload, args.warmup_tokens, args.repeats, args.seed, device)
+    target_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    return {
+        "ratios": report.ratios(seconds),
+        "engines": {
+            name: engine_report(engine, seconds[name], workload.num_tokens, target_bytes)
+            for name, engine in engines.items()
+        },
+        "workload": {
+            "model": preset or str(args.model),
+            "random_weights": preset is not None,
+            "parameters": model.num_parameters(),
+            "dtype": args.dtype,
+            "device": device.type,
+            "length_profile": args.length_profile,
+            "lengths": workload.summary(),
+            "prompt_length": args.prompt_length,
+        },
+        "provenance": report.provenance(argv, device)
+        | {
+            "repeats": args.repeats,
+            "seed": args.seed,
+            "warmup_tokens": args.warmup_tokens,
+            "synthetic_acceptance": args.synthetic_acceptance,
+            "load_average_before": load_before,
+        },
+    }
+
+
+def selfspec_options(args: argparse.Namespace) -> SelfSpecOptions:
+    return SelfSpecOptions(draft_qtype=args.draft_qtype, num_speculative_tokens=args.num_speculative_tokens)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """What argparse cannot see; `ValueError` before any model is built."""
+    if args.preset is not None and args.preset not in PRESETS:
+        raise ValueError(f"unknown preset {args.preset!r}; presets: {', '.join(PRESETS)}")
+    if args.model is not None and not (args.model / "config.json").exists():
+        raise ValueError(f"--model {args.model}: no config.json there; give the folder of a saved model, or --preset")
+    if args.synthetic_acceptance is not None and "selfspec" not in args.engines:
+        raise ValueError("--synthetic-acceptance needs the engine selfspec: no other one drafts")
+    selfspec_options(args)
+    if args.out is not None and not args.out.parent.is_dir():
+        raise ValueError(f"--out {args.out}: the folder {args.out.parent} does not exist")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "compare":
+            print(report.compare(report.read_result(args.before), report.read_result(args.after)))
+            return
+        if args.command == "plot":
+            report.plot([report.read_result(path) for path in args.results], args.out)
+            print(args.out)
+            return
+        check_arguments(args)
+    except ValueError as error:
+        parser.error(str(error))
+    result = run(args, argv)
+    print(report.table(result), file=sys.stderr, flush=True)
+    if args.out is not None:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""What `make demo` runs: GRPO on the embedded default in three modes, acceptance, and where speculation pays.
+
+    python scripts/demo.py [--output_dir outputs/demo] [--max_steps 24]
+
+Prints one table and writes demo_results.json. About 10 minutes on 2 cores.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from trl_selfspec import RolloutStats, SelfSpecEngine, SelfSpecOptions
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+import arithmetic
+
+
+ROOT = Path(__file__).resolve().parents[1]
+MODES = {
+    "stock TRL": ["--use_selfspec", "false"],
+    "engine, no speculation": ["--selfspec_num_speculative_tokens", "0"],
+    "engine, gate in charge": ["--selfspec_num_speculative_tokens", "auto"],
+}
+GATED = "engine, gate in charge"
+WINDOW = 4  # steps that "before" and "after" average over
+DRAFT_LENGTH = 4
+BENCH_ROWS = 1
+
+
+def run(command: list[str], log: Path) -> str:
+    """Runs a command and returns its standard output, which also goes to `log`; progress bars show on a terminal.
+
+    Raises:
+        RuntimeError: the command failed; the message ends with what it said last.
+    """
+    bars = sys.stderr.isatty()
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=None if bars else subprocess.PIPE, text=True
+    )
+    log.write_text(done.stdout + (done.stderr or ""))
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
+    return done.stdout
+
+
+def train(mode: str, output_dir: Path, max_steps: int) -> dict[str, Any]:
+    """One GRPO run; means over its steps, without the first, which pays for warm-up."""
+    name = mode.replace(" ", "_").replace(",", "")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "recipes/grpo_math.py", *MODES[mode]]
+    command += ["--max_steps", str(max_steps), "--output_dir", str(output_dir / name)]
+    start = time.monotonic()
+    run(command, output_dir / f"{name}.log")
+    state = json.loads((output_dir / name / "trainer_state.json").read_text())
+    steps = [entry for entry in state["log_history"] if "reward" in entry]
+    steady = steps[1:]
+    return {
+        "reward_before": mean(step["reward"] for step in steps[:WINDOW]),
+        "reward_after": mean(step["reward"] for step in steps[-WINDOW:]),
+        "rollout_s": sum(step["selfspec/rollout_s"] for step in steady),
+        "tokens_per_s": mean_rate(steady),
+        "step_s": mean(step["step_time"] for step in steady),
+        "speculative_round_fraction": mean(step.get("selfspec/speculative_round_fraction", 0.0) for step in steady),
+        "refresh_s": mean(step.get("selfspec/refresh_s", 0.0) for step in steady),
+        "wall_s": time.monotonic() - start,
+        "rewards": [step["reward"] for step in steps],
+        "state_file": str(output_dir / name / "selfspec_state.json"),
+    }
+
+
+def mean_rate(steps: list[dict[str, float]]) -> float:
+    """Tokens per second as a ratio of sums."""
+    tokens = sum(step["selfspec/tokens_per_s"] * step["selfspec/rollout_s"] for step in steps)
+    return tokens / sum(step["selfspec/rollout_s"] for step in steps)
+
+
+def measure_acceptance(policy_dir: Path, qtype: str, autocast_dtype: torch.dtype | None) -> dict[str, float]:
+    """Acceptance of the trained policy's own drafter, speculating in every round."""
+    model = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float32)
+    options = SelfSpecOptions(draft_qtype=qtype, num_speculative_tokens=DRAFT_LENGTH, max_active_sequences=10**6)
+    engine = SelfSpecEngine(model, options, autocast_dtype)
+    stats = RolloutStats()
+    for seed in range(2):
+        stats += engine.generate(rollout_prompts(policy_dir, seed), generation_config(), seed=seed).stats
+    return {"alpha": stats.alpha or 0.0, "acceptance_rate": stats.acceptance_rate or 0.0}
+
+
+def explain_gate(policy_dir: Path, state_file: Path, autocast_dtype: torch.dtype | None) -> str:
+    """The gate's own words after one more rollout, with the costs and the acceptance it learned in training."""
+    model = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float32)
+    engine = SelfSpecEngine(model, SelfSpecOptions(), autocast_dtype)
+    engine.load_state_dict(json.loads(state_file.read_text())["engine"])
+    engine.generate(rollout_prompts(policy_dir, seed=9), generation_config(), seed=9)
+    return engine.controller.explain()
+
+
+def rollout_prompts(policy_dir: Path, seed: int, num_prompts: int = 4, num_generations: int = 8) -> list[list[int]]:
+    """Prompts of one training step, each repeated as GRPO repeats it."""
+    tokenizer = AutoTokenizer.from_pretrained(policy_dir)
+    problems = arithmetic.make_dataset(num_prompts, seed=1000 + seed)
+    ids = [
+        tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=False)
+        for p in list(problems["prompt"])
+    ]
+    return [row for row in ids for _ in range(num_generations)]
+
+
+def generation_config() -> GenerationConfig:
+    return GenerationConfig(do_sample=True, temperature=1.0, top_k=0, max_new_tokens=320)
+
+
+def bench(acceptance: float, log: Path) -> dict[str, Any]:
+    """A policy of 150 million parameters, with the acceptance just measured; random weights have none of their own."""
+    command = [sys.executable, "scripts/bench_rollout.py", "run", "--preset", "150m", "--dtype", "bf16"]
+    command += ["--rows", str(BENCH_ROWS), "--max-new-tokens", "64", "--synthetic-acceptance", f"{acceptance:.4f}"]
+    return json.loads(run(command, log).strip().splitlines()[-1])
+
+
+def print_table(console: Console, modes: dict[str, dict[str, Any]]) -> None:
+    columns = ("mode", "reward before", "after", "rollouts, s", "tokens/s", "step, s", "speculative rounds")
+    table = Table(*columns, title="GRPO on the embedded default")
+    for mode, figures in modes.items():
+        table.add_row(
+            mode,
+            f"{figures['reward_before']:.2f}",
+            f"{figures['reward_after']:.2f}",
+            f"{figures['rollout_s']:.1f}",
+            f"{figures['tokens_per_s']:.0f}",
+            f"{figures['step_s']:.2f}",
+            "-" if mode.startswith("stock") else f"{100 * figures['speculative_round_fraction']:.0f} %",
+        )
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
+    parser.add_argument("--max_steps", type=int, default=24)
+    args = parser.parse_args()
+    output_dir = args.output_dir.resolve()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    console, start = Console(), time.monotonic()
+
+    if not arithmetic.tiny_policy_dir().exists():
+        console.print("Training the policy (once, under 3 minutes) ...")
+        console.print(run([sys.executable, "scripts/make_tiny_policy.py"], output_dir / "policy.log"), end="")
+    results: dict[str, Any] = {"policy_s": time.monotonic() - start, "modes": {}}
+    for mode in MODES:
+        console.print(f"GRPO, {mode} ...")
+        results["modes"][mode] = train(mode, output_dir, args.max_steps)
+
+    from grpo_math import has_native_bf16  # after the runs: it imports all of TRL
+
+    autocast_dtype = torch.bfloat16 if has_native_bf16() else None
+    gated = Path(results["modes"][GATED]["state_file"])
+    results["acceptance"] = {
+        qtype: measure_acceptance(gated.parent, qtype, autocast_dtype) for qtype in ("qint4", "qint8")
+    }
+    results["gate"] = explain_gate(gated.parent, gated, autocast_dtype)
+    alpha = results["acceptance"]["qint4"]["alpha"]
+    console.print("Half a minute on a shape of 150 million parameters ...")
+    results["bench"] = bench(alpha, output_dir / "bench.log")
+    results["wall_s"] = time.monotonic() - start
+    (output_dir / "demo_results.json").write_text(json.dumps(results, indent=2))
+
+    print_table(console, results["modes"])
+    accepted = ", ".join(f"{qtype} {figures['alpha']:.3f}" for qtype, figures in results["acceptance"].items())
+    console.print(f"Acceptance per examined draft token, speculation forced on, the trained policy: {accepted}.")
+    console.print(f"The gate: {results['gate']}.")
+    ratio = results["bench"]["ratios"]
+    console.print(
+        f"Where it pays on this machine: 150M parameters, bf16, {BENCH_ROWS} row, at that acceptance (synthetic): "
+        + ", ".join(
+            f"{name} {spread['median']:.2f}x ({spread['min']:.2f}-{spread['max']:.2f})"
+            for name, spread in ratio.items()
+        )
+        + "."
+    )
+    console.print(f"{results['wall_s'] / 60:.1f} minutes; details in {output_dir / 'demo_results.json'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Train the embedded default's policy: a small causal LM that multiplies step by step, in under 3 minutes on 2 cores.
+
+    python scripts/make_tiny_policy.py [--output DIR] [--force]
+
+It is kept after the first time. Answers have a long tail and are right about half of the time, so that GRPO has
+something to learn and its rollouts something to wait for. Trained in fp32 where the CPU has no native bf16,
+saved in bf16.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import mean, quantiles
+
+import torch
+from datasets import Dataset
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+import arithmetic
+
+
+MAX_STEPS, BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS = 800, 16, 2e-3, 30
+BUDGET_S = 120.0  # of training; a slower machine stops here, with its learning rate annealed all the same
+NUM_SAMPLES, MAX_COMPLETION_LENGTH = 256, 320
+SPECIAL_TOKENS = ("<pad>", "<eos>", "<user>", "<assistant>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<' + message.role + '>' + message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *arithmetic.CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        additional_special_tokens=["<user>", "<assistant>"],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=128,  # a multiple of quanto's int4 group size
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+class Deadline(TrainerCallback):
+    """Stops at the budget. `progress` counts steps or seconds, whichever is further."""
+
+    def __init__(self, budget_s: float) -> None:
+        self.budget_s, self.start, self.step = budget_s, time.monotonic(), 0
+
+    @property
+    def progress(self) -> float:
+        return max(self.step / MAX_STEPS, (time.monotonic() - self.start) / self.budget_s)
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then linear decay over `progress`."""
+        self.step = step
+        return min(1.0, (step + 1) / WARMUP_STEPS) * max(0.0, 1 - self.progress)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        control.should_training_stop |= self.progress >= 1
+
+
+def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, dataset: Dataset, budget_s: float) -> None:
+    native_bf16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    with tempfile.TemporaryDirectory() as scratch:
+        args = SFTConfig(
+            scratch,
+            max_steps=MAX_STEPS,
+            per_device_train_batch_size=BATCH_SIZE,
+            train_sampling_strategy="group_by_length",
+            bf16=native_bf16,
+            use_cpu=not torch.cuda.is_available(),
+            gradient_checkpointing=False,
+            max_length=None,
+            save_strategy="no",
+            report_to="none",
+            logging_steps=50,
+            seed=0,
+        )
+        deadline = Deadline(budget_s)
+        optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, deadline.learning_rate)
+        trainer = SFTTrainer(
+            model,
+            args,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            callbacks=[deadline],
+            optimizers=(optimizer, schedule),
+        )
+        trainer.train()
+
+
+@torch.no_grad()
+def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[float]]:
+    """Lengths in tokens and rewards of completions at temperature 1 on problems like those of the recipe."""
+    problems = arithmetic.make_dataset(NUM_SAMPLES, seed=1)
+    inputs = tokenizer.apply_chat_template(
+        list(problems["prompt"]),
+        add_generation_prompt=True,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+        return_dict=True,
+    ).to(model.device)
+    config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=MAX_COMPLETION_LENGTH, use_cache=True)
+    completions = model.eval().generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    rewards = arithmetic.product_reward([[{"content": text}] for text in texts], list(problems["solution"]))
+    return (completions != tokenizer.pad_token_id).sum(1).tolist(), rewards
+
+
+def report(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, train_s: float) -> None:
+    start = time.monotonic()
+    lengths, rewards = sample(model, tokenizer)
+    cuts = quantiles(lengths, n=100)
+    print(f"parameters         {model.num_parameters() / 1e6:.1f} million")
+    print(f"training           {train_s:.0f} s")
+    print(f"sampled length     median {cuts[49]:.0f}, p90 {cuts[89]:.0f}, p99 {cuts[98]:.0f} tokens")
+    print(f"share correct      {mean(rewards):.2f} of {NUM_SAMPLES} samples, {time.monotonic() - start:.0f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=arithmetic.tiny_policy_dir())
+    parser.add_argument("--budget", type=float, default=BUDGET_S, metavar="SECONDS", help="of training")
+    parser.add_argument("--force", action="store_true", help="train anew")
+    args = parser.parse_args()
+    if args.output.exists() and not args.force:
+        print(f"{args.output} is there already; --force trains anew")
+        return
+    start = time.monotonic()
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    dataset = arithmetic.make_dataset(MAX_STEPS * BATCH_SIZE, seed=0, with_completion=True)
+    train(model, tokenizer, dataset, args.budget)
+    report(model, tokenizer, time.monotonic() - start)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=args.output.parent))
+    model.to(torch.bfloat16).save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
+    shutil.rmtree(args.output, ignore_errors=True)
+    scratch.rename(args.output)  # only a complete policy ever has this name
+    print(f"saved              {args.output}")
+
+
+if __name__ == "__main__":
+    main()

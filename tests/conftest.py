@@ -1,0 +1,27 @@
+"""What every test gets: one thread, a fixed global seed, no network; GPU tests only where there is a GPU."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test that needs the Hub is a mistake
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a fork after tokenizing warns, and warnings are errors
+
+import pytest
+import torch
+
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def fixed_global_seed() -> None:
+    """Prevents a test whose outcome depends on which tests ran before it."""
+    torch.manual_seed(0)

@@ -1,0 +1,200 @@
+"""The benchmark does the same work for every engine, says where its numbers come from, and rejects bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import bench_rollout
+import pytest
+import torch
+from bench import report
+from bench.engines import ForcedLengths, SyntheticVerification
+from bench.workload import LONGTAIL_LIMIT, PRESETS, Workload, completion_lengths, make_workload, preset_config
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        eos_token_id=list(range(1, 32)),  # were lengths not forced, rows would end after 2 tokens in the mean
+    )
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def smoke_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, Path]:
+    """All engines on a tiny model, as a user runs them: (JSON of the last stdout line, stderr, the --out file)."""
+    out = tmp_path_factory.mktemp("out") / "result.json"
+    options = "--engines stock,continuous,plain,selfspec --rows 3 --length-profile longtail --max-new-tokens 12"
+    options += " --prompt-length 6 --dtype fp32 --device cpu --threads 1 --repeats 2 --warmup-tokens 24 --synthetic-acceptance 0.5"
+    options += " --num-speculative-tokens 2 --draft-qtype qint8"
+    done = subprocess.run(
+        [sys.executable, "scripts/bench_rollout.py", "run", "--model", tiny_model, *options.split(), "--out", out],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr, out
+
+
+def test_last_line_on_stdout_is_the_result(smoke_run: tuple[dict, str, Path]) -> None:
+    """Scripts read this line; a stray print after it, or a ratio upside down, would go into a paper."""
+    result, _, out = smoke_run
+    assert json.loads(out.read_text()) == result
+    assert list(result["engines"]) == ["stock", "continuous", "plain", "selfspec"]
+    assert {"plain/stock", "selfspec/plain", "selfspec/stock", "continuous/stock"} <= result["ratios"].keys()
+    for pair, values in result["ratios"].items():
+        fast, slow = (result["engines"][name]["seconds"]["all"] for name in pair.split("/"))
+        paired = [s / f for s, f in zip(slow, fast, strict=True)]
+        assert values == {"median": pytest.approx(sum(paired) / 2), "min": min(paired), "max": max(paired)}
+
+
+def test_provenance_says_where_the_numbers_come_from(smoke_run: tuple[dict, str, Path]) -> None:
+    provenance = smoke_run[0]["provenance"]
+    assert {"git_sha", "git_dirty", "argv", "date", "versions", "repeats", "seed"} <= provenance.keys()
+    assert {"cpu", "threads", "cpu_capability"} <= provenance["hardware"].keys()
+    assert provenance["versions"]["torch"] == torch.__version__
+    assert provenance["argv"][0] == "run" and provenance["repeats"] == 2
+
+
+def test_synthetic_acceptance_is_labelled(smoke_run: tuple[dict, str, Path]) -> None:
+    """A speedup at an acceptance that was made up must not pass for a measured one."""
+    result, stderr, _ = smoke_run
+    assert result["provenance"]["synthetic_acceptance"] == 0.5
+    assert "SYNTHETIC acceptance 0.5" in stderr
+
+
+def _normal_uniform_drafts(rows: int, gamma: int, vocab: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(rows, gamma + 1, vocab, generator=generator)
+    positions = torch.arange(10, 10 + gamma + 1).expand(rows, gamma + 1)
+    return scores, torch.arange(rows), positions
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.7, 1.0])
+def test_synthetic_verification_accepts_at_the_given_rate(acceptance: float) -> None:
+    """Per examined draft, whatever the drafter: 4,000 rows put 0.7 within 0.03 (4 sigma)."""
+    rows, gamma = 4000, 3
+    scores, row_ids, positions = _normal_uniform_drafts(rows, gamma, vocab=8)
+    verification = SyntheticVerification(torch.tensor(1), acceptance)
+    drafts = torch.stack([verification.propose(-9 * scores[:, i], row_ids, positions[:, i]) for i in range(gamma)], 1)
+    verdict = verification.verify(drafts, scores, row_ids, positions)
+    accepted = int(verdict.num_accepted.sum())
+    examined = accepted + int((verdict.num_accepted < gamma).sum())
+    assert accepted / examined == pytest.approx(acceptance, abs=0.03)
+    kept = torch.arange(gamma) < verdict.num_accepted[:, None]
+    assert torch.equal(verdict.tokens[:, :gamma][kept], drafts[kept])
+
+
+@pytest.mark.parametrize("profile", ["uniform", "longtail"])
+@pytest.mark.parametrize("rows", [1, 2, 16, 128])
+def test_the_longest_row_has_the_length_asked_for(profile: str, rows: int) -> None:
+    lengths = completion_lengths(profile, rows, 256, seed=3)
+    assert len(lengths) == rows and max(lengths) == 256 and min(lengths) >= 1
+    assert lengths == completion_lengths(profile, rows, 256, seed=3)
+
+
+def test_longtail_has_the_quantiles_of_a_grpo_step() -> None:
+    """128 rows: median about 500 tokens, p99 about 3,000, limit 8,192; the uniform profile fails this."""
+
+    def is_long_tailed(profile: str) -> bool:
+        summary = Workload([], completion_lengths(profile, 128, LONGTAIL_LIMIT, seed=0)).summary()
+        return 450 < summary["median"] < 550 and 2500 < summary["p99"] < 3500 and summary["max"] == LONGTAIL_LIMIT
+
+    assert is_long_tailed("longtail")
+    assert not is_long_tailed("uniform")
+
+
+def test_longtail_keeps_its_shape_when_scaled_down() -> None:
+    """A CPU's 16 short rows must still leave one or two running alone for most of the rollout."""
+    lengths = sorted(completion_lengths("longtail", 16, 256, seed=0))
+    assert lengths[-1] > 3 * lengths[-2] and lengths[-2] > 2 * lengths[7]
+
+
+def test_forced_lengths_stop_each_row_at_its_own_length() -> None:
+    stop = ForcedLengths(prompt_width=4, lengths=[1, 3], device=torch.device("cpu"))
+    done = [stop(torch.zeros(2, width, dtype=torch.long), torch.zeros(2, 8)).tolist() for width in (4, 5, 6, 7)]
+    assert done == [[False, False], [True, False], [True, False], [True, True]]
+
+
+def test_an_engine_that_did_other_work_is_an_error() -> None:
+    """A row that ended early would make its engine look fast."""
+    work = Workload([[1], [2]], [2, 3])
+    work.check([[5, 5], [5, 5, 5]], "stock")
+    with pytest.raises(RuntimeError, match="stock"):
+        work.check([[5, 5], [5, 5]], "stock")
+
+
+def test_prompts_are_ragged_and_the_longest_is_as_asked() -> None:
+    work = make_workload("uniform", 4, 8, prompt_length=10, vocab_size=50, seed=0)
+    lengths = sorted(map(len, work.prompt_ids))
+    assert lengths[0] == 5 and lengths[-1] == 10 and len(set(lengths)) > 2
+
+
+def test_preset_150m_has_about_150_million_parameters() -> None:
+    with torch.device("meta"):
+        assert 145e6 < AutoModelForCausalLM.from_config(preset_config("150m")).num_parameters() < 155e6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("run --preset 9000b", f"presets: {', '.join(PRESETS)}"),
+        ("run --preset 150m --model x", "not allowed with"),
+        ("run --model /nowhere", "no config.json"),
+        ("run --engines stock,vllm", "unknown engine 'vllm'; engines: stock, continuous, plain, selfspec"),
+        ("run --engines ,", "no engine named"),
+        ("run --rows 0", "not a positive number"),
+        ("run --rows many", "invalid"),
+        ("run --synthetic-acceptance 95", "not a probability"),
+        ("run --synthetic-acceptance 0.9 --engines stock", "needs the engine selfspec"),
+        ("run --draft-qtype int3", "qint4"),
+        ("run --device cuda:99", "cuda:99"),
+        ("run --out /nowhere/x.json", "does not exist"),
+        ("compare /nowhere/a.json /nowhere/b.json", "not a result"),
+    ],
+)
+def test_bad_arguments_say_what_to_use(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        bench_rollout.main(arguments.split())
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_compare_shows_the_change_of_each_ratio(
+    smoke_run: tuple[dict, str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = smoke_run[2]
+    result = json.loads(before.read_text())
+    for values in result["ratios"].values():
+        values["median"] *= 2
+    after = tmp_path / "after.json"
+    after.write_text(json.dumps(result))
+    bench_rollout.main(["compare", str(before), str(after)])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("selfspec/plain") and "+100.0 %" in line for line in lines)
+
+
+def test_plot_draws_a_figure(smoke_run: tuple[dict, str, Path], tmp_path: Path) -> None:
+    figure = tmp_path / "ratios.png"
+    report.plot([smoke_run[0]], figure)
+    assert figure.read_bytes().startswith(b"\x89PNG")

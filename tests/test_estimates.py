@@ -1,0 +1,68 @@
+"""Costs of measured and unmeasured sizes from noisy measurements."""
+
+from trl_selfspec.estimates import WINDOW, Acceptance, CostCurve, bucket
+
+
+def test_the_first_measurement_of_a_size_is_warm_up() -> None:
+    """Capturing a graph takes a second; counted as a round's cost it would end speculation."""
+    curve = CostCurve()
+    curve.add(8, 1000.0)
+    assert curve.at(8) is None
+    for seconds in (1.0, 1.1, 1.2):
+        curve.add(8, seconds)
+    assert curve.at(8) == 1.1
+
+
+def test_a_cost_is_the_median_of_recent_measurements() -> None:
+    curve = CostCurve()
+    for seconds in [0.0, *[1.0] * WINDOW, *[2.0] * (WINDOW // 2)]:
+        curve.add(8, seconds)
+    assert curve.at(8) == 1.0
+    curve.add(8, 2.0)
+    assert curve.at(8) == 2.0
+
+
+def test_costs_between_and_beyond_measured_sizes() -> None:
+    """Linear between; constant below; above by the last slope, but never falling and never above proportion."""
+    curve = CostCurve()
+    for n, seconds in ((4, 1.0), (8, 2.0), (16, 3.0)):
+        curve.add(n, seconds)
+        curve.add(n, seconds)
+    assert [curve.at(n) for n in (1, 4, 6, 8, 12, 16, 24)] == [1.0, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0]
+    falling, steep = CostCurve(), CostCurve()
+    for n, low, high in ((4, 1.0, 0.1), (8, 0.9, 2.0)):
+        for _ in range(2):
+            falling.add(n, low)
+            steep.add(n, high)
+    assert falling.at(16) == 0.9
+    assert steep.at(16) == 4.0
+
+
+def test_buckets_are_the_nearest_of_powers_of_two_and_their_middles() -> None:
+    sizes = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64}
+    assert {bucket(n) for n in range(1, 70)} == sizes
+    assert all(bucket(n) == n for n in sizes)
+    assert all(abs(bucket(n) - n) <= n / 5 for n in range(1, 5000))
+
+
+def test_expected_tokens_follow_alpha_per_position() -> None:
+    """1 + a + ab for γ = 2; positions never examined take the pooled alpha."""
+    acceptance = Acceptance(decay=1.0)
+    acceptance.add([8e6, 2e6], [10e6, 4e6])
+    a, b, pooled = 0.8, 0.5, 10 / 14
+    one, two, three = acceptance.tokens_per_round(3)[1:]
+    assert abs(one - (1 + a)) < 1e-4
+    assert abs(two - (1 + a + a * b)) < 1e-4
+    assert abs(three - (1 + a + a * b + a * b * pooled)) < 1e-4
+
+
+def test_recent_acceptance_follows_the_rows_that_are_left() -> None:
+    """Evidence of 64 rows would outweigh the last row's for hundreds of rounds."""
+    lasting = Acceptance(0.998)
+    recent = Acceptance(0.98, prior=lasting)
+    for acceptance in (lasting, recent):
+        for rows, accepted, rounds in ((64, 64, 100), (1, 0, 100)):
+            for _ in range(rounds):
+                acceptance.add([accepted], [rows])
+    assert recent.alpha < 0.25
+    assert lasting.alpha > 0.9  # negative control: counts without the cut

@@ -1,0 +1,235 @@
+"""The CPU kernels against their eager twins, and what happens where they can't be built."""
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trl_selfspec import kernels
+from trl_selfspec.kernels import cpu, dispatch, int4
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+# A correctly rounded bf16 result is within 2^-9 of the exact sum; twice that leaves room for the sum's own error.
+BF16_RELATIVE = 2**-8
+# fp32 sums err by at most K * 2^-24 of the sum of magnitudes, and by far less in practice.
+SUM_RELATIVE = 1e-5
+
+needs_kernels = pytest.mark.skipif(not kernels.available(), reason="no C compiler or no AVX2")
+
+
+@pytest.fixture(autouse=True)
+def _inference():
+    threads = torch.get_num_threads()
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh_library():
+    """Lets a test load the library under changed circumstances."""
+    cpu._library.cache_clear()
+    yield
+    cpu._library.cache_clear()
+
+
+def random_int4(n: int, k: int, group_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n * k)
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=generator)
+    scale_shift = torch.rand(n, -(-k // group_size), 2, generator=generator) + 0.1
+    scale_shift[..., 1] *= 8
+    return int4.pack(codes, group_size), (scale_shift / 16).to(dtype)
+
+
+def magnitudes(x: Tensor, packed: Tensor, scale_shift: Tensor) -> Tensor:
+    """The sum of |activation| * (|scale * code| + |shift|) per output: what rounding errors are relative to."""
+    return int4.linear(x.abs().float(), packed, scale_shift * torch.tensor([1, -1])).double()
+
+
+def within(y: Tensor, exact: Tensor, magnitude: Tensor) -> bool:
+    relative = BF16_RELATIVE if y.dtype == BF16 else 0
+    return bool(((y.double() - exact.double()).abs() <= relative * exact.abs() + SUM_RELATIVE * magnitude).all())
+
+
+@needs_kernels
+@pytest.mark.parametrize("m", [*range(1, 12), 16, 17, 33, 64, 65, 130])
+@pytest.mark.parametrize(("n", "k"), [(768, 256), (31, 2049), (1, 17), (7, 100), (98, 1)])
+@pytest.mark.parametrize(("scale", "bias_dtype"), [(1e-4, None), (1.0, BF16), (1e4, FP32)])
+def test_bf16_kernel_equals_its_twin(m: int, n: int, k: int, scale: float, bias_dtype: torch.dtype | None):
+    """Catches wrong tails, tiles and biases."""
+    torch.manual_seed(m * n * k)
+    x, w = (torch.randn(m, k) * scale).to(BF16), torch.randn(n, k).to(BF16)
+    bias = None if bias_dtype is None else torch.randn(n).to(bias_dtype)
+    exact = F.linear(x.double(), w.double(), None if bias is None else bias.double())
+    assert within(cpu.linear_bf16(x, w, bias), exact, F.linear(x.abs().double(), w.abs().double()) + 1)
+    if m * n > 100:
+        shifted = F.linear(x.roll(1, -1).double(), w.double()) if k > 1 else 2 * exact
+        assert not within(cpu.linear_bf16(x, w, bias), shifted, torch.zeros(()))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 8, 33, 65])
+@pytest.mark.parametrize(
+    ("n", "k", "group_size"),
+    [(130, 896, 128), (7, 100, 128), (31, 960, 96), (17, 576, 64), (5, 96, 32), (33, 20, 32), (2, 1000, 128)],
+)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_int4_kernel_equals_its_twin(dtype: torch.dtype, m: int, n: int, k: int, group_size: int, scale: float):
+    """Catches wrong nibbles, groups, tails and zero points. Negative control: the sign of the shift."""
+    torch.manual_seed(m * n * k)
+    x = (torch.randn(m, k) * scale).to(dtype)
+    packed, scale_shift = random_int4(n, k, group_size, dtype)
+    bias = torch.randn(n).to(dtype)
+    y = cpu.linear_int4(x, packed, scale_shift, bias)
+    exact = int4.linear(x.float(), packed, scale_shift, bias)
+    magnitude = magnitudes(x, packed, scale_shift) + 1
+    assert y.dtype == dtype and within(y, exact, magnitude)
+    wrong = int4.linear(x.float(), packed, scale_shift * torch.tensor([1, -1]), bias)
+    assert not within(y, wrong, magnitude)
+
+
+@needs_kernels
+def test_int4_group_sums_do_not_overflow():
+    """Largest codes times largest activations in the longest group: 16-bit sums must hold them."""
+    x = torch.tensor([[1.0], [-1.0]]).expand(2, 128).contiguous()
+    packed = int4.pack(torch.full((3, 128), 15, dtype=torch.uint8), 128)
+    scale_shift = torch.tensor([1.0, 0.0]).expand(3, 1, 2).contiguous()
+    expected = torch.tensor([[1920.0], [-1920.0]]).expand(2, 3)
+    torch.testing.assert_close(cpu.linear_int4(x, packed, scale_shift), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("k", "group_size"), [(256, 128), (100, 128), (960, 96), (64, 32)])
+def test_unpack_inverts_pack(k: int, group_size: int):
+    codes = torch.randint(0, 16, (5, k), dtype=torch.uint8)
+    assert torch.equal(int4.unpack(int4.pack(codes, group_size), k), codes)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernel", ["bf16", "int4"])
+def test_rows_do_not_see_their_neighbours(kernel: str):
+    """An element's sum may depend neither on the batch nor on the threads, or a row's tokens would vary with its
+    neighbours. Negative control: another order of summation does give other bits."""
+    torch.manual_seed(0)
+    n, k = 203, 2300
+    x, w = torch.randn(70, k).to(BF16), torch.randn(n, k).to(BF16)
+    packed, scale_shift = random_int4(n, k, 128, BF16)
+
+    def linear(rows: Tensor) -> Tensor:
+        return cpu.linear_bf16(rows, w) if kernel == "bf16" else cpu.linear_int4(rows, packed, scale_shift)
+
+    together = linear(x)
+    for count in (*range(1, 12), 17, 64):
+        assert torch.equal(linear(x[:count]), together[:count])
+        assert torch.equal(linear(x[-count:]), together[-count:])
+    torch.set_num_threads(3)
+    assert torch.equal(linear(x), together)
+    if kernel == "bf16":
+        assert not torch.equal(cpu.linear_bf16(x.flip(1), w.flip(1)), together)
+
+
+@needs_kernels
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_activations_stay_visible_in_their_row(value: float):
+    """Rounding to int8 must not turn a NaN into an ordinary number."""
+    x = torch.randn(3, 256)
+    x[1, 100] = value
+    packed, scale_shift = random_int4(16, 256, 128, FP32)
+    w = torch.randn(16, 256).to(BF16)
+    for y in (cpu.linear_int4(x, packed, scale_shift), cpu.linear_bf16(x.to(BF16), w)):
+        assert not y[1].isfinite().any()
+        assert y[[0, 2]].isfinite().all()
+
+
+@needs_kernels
+def test_shapes_follow_the_input():
+    """Leading dimensions, rows that are not contiguous, and no rows at all."""
+    w = torch.randn(8, 64).to(BF16)
+    x = torch.randn(3, 5, 128).to(BF16)[..., ::2]
+    assert torch.equal(cpu.linear_bf16(x, w), cpu.linear_bf16(x.reshape(15, 64).clone(), w).view(3, 5, 8))
+    assert cpu.linear_bf16(x[:0], w).shape == (0, 5, 8)
+    packed, scale_shift = random_int4(8, 64, 64, BF16)
+    assert cpu.linear_int4(x[0], packed, scale_shift).shape == (5, 8)
+    assert cpu.linear_int4(x[:0], packed, scale_shift).shape == (0, 5, 8)
+
+
+@needs_kernels
+def test_kernels_refuse_to_lose_a_gradient():
+    w = torch.randn(8, 64, dtype=BF16, requires_grad=True)
+    with torch.enable_grad(), pytest.raises(AssertionError, match="no backward"):
+        cpu.linear_bf16(torch.randn(1, 64, dtype=BF16), w)
+    assert not cpu.linear_bf16(torch.randn(1, 64, dtype=BF16), w).requires_grad
+
+
+@needs_kernels
+def test_kernels_use_torchs_thread_pool():
+    """A second OpenMP runtime would spin against torch's and halve the speed of both."""
+    torch.randn(300, 300) @ torch.randn(300, 300)
+    maps = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    loaded = {path for path in maps if "libgomp" in path or "libiomp" in path or "libomp" in path}
+    assert len(loaded) == 1
+
+
+class Spy:
+    """Counts the calls of a function and passes them on."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        return self.function(*args)
+
+
+@needs_kernels
+@pytest.mark.parametrize("native", [False, True])
+def test_the_kernel_runs_only_where_torch_has_no_native_bf16(monkeypatch, native: bool):
+    """Proves that the fast path is taken, and left to torch on CPUs with bf16 instructions or for other dtypes."""
+    spy = Spy(cpu.linear_bf16)
+    monkeypatch.setattr(cpu, "linear_bf16", spy)
+    monkeypatch.setattr(dispatch, "torch_has_native_bf16", lambda: native)
+    x, w, bias = torch.randn(5, 64), torch.randn(16, 64), torch.randn(16)
+    y = kernels.linear_bf16(x.to(BF16), w.to(BF16), bias.to(BF16))
+    torch.testing.assert_close(y, F.linear(x.to(BF16), w.to(BF16), bias.to(BF16)))
+    assert spy.calls == (0 if native else 1)
+    assert torch.equal(kernels.linear_bf16(x, w, bias), F.linear(x, w, bias))
+    assert spy.calls == (0 if native else 1)
+
+
+@pytest.mark.parametrize("missing", ["compiler", "avx2", "source"])
+def test_without_kernels_there_is_one_warning_and_torch_is_used(
+    missing: str, monkeypatch, caplog, fresh_library, tmp_path
+):
+    """A machine without a compiler must roll out all the same, and be told once why it is slower."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(dispatch, "torch_has_native_bf16", lambda: False)
+    if missing == "compiler":
+        monkeypatch.setattr(cpu.shutil, "which", lambda name: None)
+    elif missing == "avx2":
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    else:
+        broken = tmp_path / "broken.c"
+        broken.write_text("this is not C")
+        monkeypatch.setattr(cpu, "SOURCE", broken)
+    x, w = torch.randn(5, 64).to(BF16), torch.randn(16, 64).to(BF16)
+    with caplog.at_level(logging.WARNING, logger=cpu.__name__):
+        assert not kernels.available()
+        assert torch.equal(kernels.linear_bf16(x, w), F.linear(x, w))
+        assert torch.equal(kernels.linear_bf16(x, w), F.linear(x, w))
+    assert len(caplog.records) == 1
+
+
+@needs_kernels
+def test_processes_that_build_at_once_do_not_race(monkeypatch, tmp_path):
+    """Every rank of a fresh machine compiles at the same moment: each must end with a whole library."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: cpu._build(), range(2))
+    assert first == second and first.exists()
+    assert list(first.parent.iterdir()) == [first]

@@ -1,0 +1,243 @@
+"""Trainer laws, on real TRL runs of two or three steps: only the source of tokens changes, and it shows in the log."""
+
+import dataclasses
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import GenerationConfig, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl_runs import (
+    ALWAYS_SPECULATE,
+    FP32_LOGP_TOLERANCE,
+    PROMPTS,
+    Recorder,
+    assert_same_weights,
+    make_model,
+    make_tokenizer,
+    make_trainer,
+    train,
+    weights,
+)
+
+from trl_selfspec import SelfSpecEngine, SelfSpecMixin
+from trl_selfspec.config import SelfSpecConfigMixin
+from trl_selfspec.mirror import Mirror
+
+
+GREEDY = {"generation_kwargs": {"do_sample": False}}
+
+
+def test_switched_off_it_is_stock_trl_bit_for_bit(tmp_path: Path) -> None:
+    """The switch is for comparisons: a stray draw from a generator would make the baseline another run."""
+    off_reward, stock_reward = Recorder(), Recorder()
+    off = make_trainer(tmp_path / "off", use_selfspec=False, reward=off_reward)
+    off_log = train(off)
+    stock = make_trainer(tmp_path / "stock", GRPOTrainer, GRPOConfig, reward=stock_reward)
+    stock_log = train(stock)
+    assert off_reward.completion_ids == stock_reward.completion_ids
+    assert_same_weights(off, stock)
+    timing = ("time", "selfspec", "per_second", "runtime")
+    for ours, theirs in zip(off_log, stock_log, strict=True):
+        assert {k: v for k, v in ours.items() if not any(word in k for word in timing)} == {
+            k: v for k, v in theirs.items() if not any(word in k for word in timing)
+        }
+        assert {name for name in ours if name.startswith("selfspec/")} == {
+            "selfspec/tokens_per_s",
+            "selfspec/rollout_s",
+            "selfspec/rollout_step_fraction",
+        }
+
+
+def test_the_comparison_with_stock_trl_sees_another_sampler(tmp_path: Path) -> None:
+    """Negative control: with the engine on, samples are of the same law but not the same tokens."""
+    on_reward, stock_reward = Recorder(), Recorder()
+    train(make_trainer(tmp_path / "on", reward=on_reward, max_steps=1, **ALWAYS_SPECULATE))
+    train(make_trainer(tmp_path / "stock", GRPOTrainer, GRPOConfig, reward=stock_reward, max_steps=1))
+    assert on_reward.completion_ids != stock_reward.completion_ids
+
+
+class _MoveWeights(TrainerCallback):
+    """Moves the weights after each step: a greedy group has equal completions, and so no gradient that would."""
+
+    @torch.no_grad()
+    def on_step_end(self, *_: Any, model: torch.nn.Module, **__: Any) -> None:
+        for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
+            parameter += 0.1 * torch.arange(parameter.numel()).sin().view_as(parameter)
+
+
+def greedy_run(tmp_path: Path, lora: bool = False, **overrides: Any) -> list[list[list[int]]]:
+    reward = Recorder()
+    peft_config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    kwargs = {"callbacks": [_MoveWeights()], "peft_config": peft_config if lora else None}
+    options = {"max_steps": 3, "learning_rate": 0.0, "shuffle_dataset": False}
+    train(make_trainer(tmp_path, reward=reward, trainer_kwargs=kwargs, **options, **GREEDY, **overrides))
+    assert len(reward.completion_ids) == 3
+    return reward.completion_ids
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_greedy_rollouts_equal_trls_own_path_over_a_run(tmp_path: Path, lora: bool) -> None:
+    """Steps 2 and 3 only match if the engine followed the weights and nothing else of training changed."""
+    ours = greedy_run(tmp_path, lora, **ALWAYS_SPECULATE)
+    assert ours == greedy_run(tmp_path, lora, trainer_class=GRPOTrainer, config_class=GRPOConfig)
+    assert ours[0] != ours[2]  # the same prompts: without a change of weights this would say nothing
+
+
+def test_a_missed_refresh_shows_in_greedy_rollouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: an engine that does not follow a LoRA policy fails the comparison above."""
+    followed = greedy_run(tmp_path, lora=True, **ALWAYS_SPECULATE)
+    monkeypatch.setattr(Mirror, "stale", False)
+    monkeypatch.setattr(SelfSpecEngine, "refresh", lambda engine, draft=True: None)
+    frozen = greedy_run(tmp_path, lora=True, **ALWAYS_SPECULATE)
+    assert frozen[0] == followed[0]
+    assert frozen[1:] != followed[1:]
+
+
+def test_lora_trains_the_adapter_alone(tmp_path: Path) -> None:
+    """The mirror merges the adapter: the policy's base weights must not move, or they drift a little every step."""
+    peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = make_trainer(tmp_path, trainer_kwargs={"peft_config": peft_config}, **ALWAYS_SPECULATE)
+    before = weights(trainer)
+    for entry in train(trainer):
+        assert entry["sampling/sampling_logp_difference/max"] < FP32_LOGP_TOLERANCE
+    for name, tensor in weights(trainer).items():
+        assert torch.equal(tensor, before[name]) == ("lora_" not in name), name
+
+
+@pytest.mark.parametrize(
+    ("generation_kwargs", "reason"), [({"num_beams": 2}, "num_beams=2"), ({"guidance_scale": 1.5}, "guidance_scale")]
+)
+def test_what_the_engine_cannot_honour_is_generated_by_trl_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, generation_kwargs: dict[str, Any], reason: str
+) -> None:
+    """A parameter dropped in silence trains on samples of another law."""
+    with caplog.at_level(logging.WARNING, logger="trl_selfspec.trainer"):
+        log = train(make_trainer(tmp_path, generation_kwargs=generation_kwargs))
+    assert [entry["selfspec/fallback"] for entry in log] == [1, 1]
+    assert "selfspec/alpha" not in log[0]
+    warnings = [record.getMessage() for record in caplog.records if record.name == "trl_selfspec.trainer"]
+    assert len(warnings) == 1
+    assert reason in warnings[0]
+
+
+def test_a_model_the_engine_cannot_mirror_is_generated_by_trl_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An unsupported architecture must train as it would with TRL, not end in an error from inside the engine."""
+    model = make_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0})
+    with caplog.at_level(logging.WARNING, logger="trl_selfspec.trainer"):
+        log = train(make_trainer(tmp_path, model=model))
+    assert [entry["selfspec/fallback"] for entry in log] == [1, 1]
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "trl_selfspec.trainer"]
+    assert "dynamic" in warning
+
+
+class _TwoTurns(GRPOTrainer):
+    """A base trainer that, like TRL's tool loop, generates a second turn, with images a tool returned."""
+
+    def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any, *args: Any) -> Any:
+        assert images is not None, "text prompts belong to the engine"
+        return [[5, 6]] * len(prompt_ids), None
+
+    def _generate(self, prompts: list) -> Any:
+        prompt_ids, images, fields = self._tokenize_prompts(prompts)
+        self.turns = [self._generate_single_turn(prompt_ids, given, fields, 1) for given in (images, ["image"])]
+        return None
+
+
+class _SelfSpecTwoTurns(SelfSpecMixin, _TwoTurns):
+    pass
+
+
+def test_a_turn_that_falls_back_is_marked_unscored(tmp_path: Path) -> None:
+    """TRL appends a later turn's log-probabilities to the first turn's; None there ends the run with a TypeError."""
+    trainer = make_trainer(tmp_path, _SelfSpecTwoTurns)
+    trainer._generate(PROMPTS[:2])
+    (ids, scores), (later_ids, later_scores) = trainer.turns
+    assert [len(row) for row in scores] == [len(row) for row in ids]
+    assert later_ids == [[5, 6]] * 2
+    assert all(math.isnan(value) for row in later_scores for value in row)
+    assert [len(row) for row in later_scores] == [2, 2]
+
+
+def test_token_type_ids_of_a_text_tokenizer_are_not_a_reason_to_fall_back(tmp_path: Path) -> None:
+    """Chat prompts of many plain tokenizers carry them, and the run would silently train at TRL's speed."""
+    trainer = make_trainer(tmp_path)
+    assert trainer._input_fallback_reason(None, {"token_type_ids": [[0, 0]]}) is None
+    assert "pixel_values" in trainer._input_fallback_reason(None, {"pixel_values": [1]})
+    assert "images" in trainer._input_fallback_reason(["image"], {})
+
+
+def test_conversational_prompts_run(tmp_path: Path) -> None:
+    """The chat template's path through TRL brings extra fields and parses completions."""
+    assert [entry["selfspec/fallback"] for entry in train(make_trainer(tmp_path, conversational=True))] == [0, 0]
+
+
+def test_generate_ids_follows_the_trainers_generation_config(tmp_path: Path) -> None:
+    """A rollout_func that generates by another law than the trainer's own rollouts trains off-policy."""
+    model, tokenizer = make_model(), make_tokenizer()
+    trainer = make_trainer(tmp_path, model=model, **GREEDY)
+    prompt_ids = tokenizer(PROMPTS)["input_ids"]
+    config = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0)
+    expected = [
+        model.generate(torch.tensor([ids]), generation_config=config, use_cache=True)[0, len(ids) :].tolist()
+        for ids in prompt_ids
+    ]
+    assert trainer.generate_ids(prompt_ids) == expected
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
+    assert trainer.generate_ids(prompt_ids) != expected
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func':UserWarning")  # TRL's, about its own API
+def test_a_rollout_func_can_generate_with_the_engine(tmp_path: Path) -> None:
+    """`rollout_func` replaces TRL's own call of the generation method, and with it the engine, unless it asks."""
+
+    def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        prompt_ids = trainer.processing_class(text=prompts)["input_ids"]
+        return {"prompt_ids": prompt_ids, "completion_ids": trainer.generate_ids(prompt_ids), "logprobs": None}
+
+    log = train(make_trainer(tmp_path, trainer_kwargs={"rollout_func": rollout}, **ALWAYS_SPECULATE))
+    assert all(entry["selfspec/alpha"] > 0 for entry in log)
+
+
+@dataclasses.dataclass
+class _SelfSpecRLOOConfig(SelfSpecConfigMixin, RLOOConfig):
+    pass
+
+
+class _SelfSpecRLOOTrainer(SelfSpecMixin, RLOOTrainer):
+    def _pack_rollout(self, completion_ids: Any, logprobs: Any) -> Any:
+        return completion_ids
+
+
+def test_another_trl_trainer_gets_the_engine_by_one_method(tmp_path: Path) -> None:
+    """The mixin must not lean on what only GRPO has."""
+    trainer = make_trainer(tmp_path, _SelfSpecRLOOTrainer, _SelfSpecRLOOConfig, beta=0.0, **ALWAYS_SPECULATE)
+    for entry in train(trainer):
+        assert entry["selfspec/alpha"] > 0
+
+
+def test_iterating_and_accumulating_generate_as_often_as_trl(tmp_path: Path) -> None:
+    """`num_iterations` and `steps_per_generation` reuse rollouts; their log-probabilities travel in TRL's buffer."""
+    rewards = Recorder(), Recorder()
+    options = {"num_iterations": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 2, "max_steps": 4}
+    train(make_trainer(tmp_path / "a", reward=rewards[0], **options, **GREEDY, **ALWAYS_SPECULATE))
+    train(make_trainer(tmp_path / "b", GRPOTrainer, GRPOConfig, reward=rewards[1], **options, **GREEDY))
+    assert len(rewards[0].completion_ids) == len(rewards[1].completion_ids) == 2
+    assert rewards[0].completion_ids[0] == rewards[1].completion_ids[0]
+
+
+def test_the_seed_comes_from_the_global_generator(tmp_path: Path) -> None:
+    """Another run with the same seed repeats; another seed does not."""
+    runs = []
+    for seed in (1, 1, 2):
+        reward = Recorder()
+        train(make_trainer(tmp_path, reward=reward, seed=seed, max_steps=1, **ALWAYS_SPECULATE))
+        runs.append(reward.completion_ids)
+    assert runs[0] == runs[1] != runs[2]

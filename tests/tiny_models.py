@@ -1,0 +1,115 @@
+"""Tiny models whose mistakes show, and drafters that are wrong on purpose.
+
+Default initialisation is so flat that a greedy row repeats one token and hides what is broken; these weights are large
+enough that rows wander through the vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.mirror import make_drafter
+from trl_selfspec.quantize import QuantizedLinear
+
+
+VOCAB_SIZE = 96
+CONTEXT_LENGTH = 128
+WEIGHT_STD = 0.12  # six times the usual
+# Sliding windows shorter than the prompts, so that rows run out of them.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 6},
+    "gemma2": {"sliding_window": 6, "num_hidden_layers": 2},
+    "gemma3_text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": {},
+    "olmo2": {},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "gpt_neox": {"num_key_value_heads": None, "head_dim": None},
+    "granite": {"attention_multiplier": 0.2, "residual_multiplier": 0.8, "logits_scaling": 2.0},
+    "qwen3_moe": {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+def tiny_model(
+    family: str = "llama", seed: int = 0, std: float = WEIGHT_STD, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> PreTrainedModel:
+    """A model of two layers that ends rows at no token; a value of `None` leaves the family's own default."""
+    values = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": CONTEXT_LENGTH,
+        "tie_word_embeddings": False,  # a tied head mostly repeats the last token
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+    }
+    values |= FAMILIES.get(family, {}) | overrides
+    config = AutoConfig.for_model(family, **{name: value for name, value in values.items() if value is not None})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id = None
+    scale_weights(model, seed, std)
+    return model.to(dtype)
+
+
+@torch.no_grad()
+def scale_weights(model: torch.nn.Module, seed: int, std: float = WEIGHT_STD) -> None:
+    """Draws every matrix anew and moves every vector (a bias, a norm's weight) off its neutral value, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=std, generator=generator)
+        else:
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=std)
+
+
+def ragged_prompts(lengths: list[int], seed: int = 0, vocab_size: int = VOCAB_SIZE) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.no_grad()
+def spoil(engine: SelfSpecEngine, noise: float, seed: int = 0) -> None:
+    """Gives the engine a drafter of perturbed weights, `noise` times their own size, until its next `refresh`."""
+    mirror = engine._mirror
+    drafter = make_drafter(mirror, engine.draft_qtype, engine.options.quantize_lm_head)
+    generator = torch.Generator().manual_seed(seed)
+    for name, module in drafter.named_modules():
+        if isinstance(module, QuantizedLinear):
+            weight = mirror.model.get_submodule(name).weight
+            error = torch.randn(weight.shape, generator=generator).to(weight.dtype)
+            module.requantize_(weight + noise * weight.std() * error)
+    engine._drafter, engine._drafter_version = drafter, engine._wanted_version
+
+
+class Schedule:
+    """A controller that plays a fixed list of draft lengths over and over."""
+
+    def __init__(self, *draft_lengths: int) -> None:
+        self.draft_lengths, self.rounds = draft_lengths, 0
+
+    def begin_rollout(self) -> None:
+        self.rounds, self.disabled = 0, False
+
+    def choose(self, rows: int) -> int:
+        self.rounds += 1
+        return 0 if self.disabled else self.draft_lengths[(self.rounds - 1) % len(self.draft_lengths)]
+
+    def disable(self, reason: str) -> None:
+        self.disabled = True
+
+    def plain_seconds(self, rows: int) -> None:
+        return None
+
+    def observe_plain(self, *measurement: Any) -> None: ...
+
+    def observe_speculative(self, *measurement: Any) -> None: ...
+
+    def observe_requantize(self, seconds: float) -> None: ...

@@ -1,0 +1,41 @@
+"""GRPO with lossless speculative rollouts. Names are loaded on first use, so the import costs neither trl nor CUDA."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from .config import SelfSpecGRPOConfig
+    from .engine import SelfSpecEngine
+    from .options import SelfSpecOptions
+    from .stats import RolloutStats
+    from .trainer import SelfSpecGRPOTrainer, SelfSpecMixin
+
+__version__ = "0.1.0"
+__all__ = [
+    "RolloutStats",
+    "SelfSpecEngine",
+    "SelfSpecGRPOConfig",
+    "SelfSpecGRPOTrainer",
+    "SelfSpecMixin",
+    "SelfSpecOptions",
+]
+
+_MODULES = {
+    "RolloutStats": ".stats",
+    "SelfSpecEngine": ".engine",
+    "SelfSpecGRPOConfig": ".config",
+    "SelfSpecGRPOTrainer": ".trainer",
+    "SelfSpecMixin": ".trainer",
+    "SelfSpecOptions": ".options",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,43 @@
+"""The int4 kernel's weight format, and the kernel's eager twin.
+
+A row is a sequence of groups of 32, 64, 96 or 128 codes, the last one padded with zeros. Within each 32 codes,
+byte i holds code i in its low nibble and code i + 16 in its high one.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def pack(
+    codes: Tensor,  # (N, K) uint8 in 0..15
+    group_size: int,
+) -> Tensor:  # (N, groups * group_size / 2) uint8
+    n, k = codes.shape
+    codes = F.pad(codes, (0, -k % group_size))
+    halves = codes.view(n, -1, 2, 16)
+    return torch.add(halves[:, :, 0], halves[:, :, 1], alpha=16).view(n, -1)
+
+
+def unpack(packed: Tensor, k: int) -> Tensor:  # (N, K) uint8
+    lanes = packed.view(len(packed), -1, 1, 16)
+    return torch.cat((lanes & 15, lanes >> 4), dim=2).view(len(packed), -1)[:, :k]
+
+
+def linear(
+    x: Tensor,  # (..., K) bf16 or fp32
+    packed: Tensor,  # (N, groups * group_size / 2) uint8
+    scale_shift: Tensor,  # (N, groups, 2)
+    bias: Tensor | None = None,  # (N,)
+) -> Tensor:  # (..., N)
+    """What `cpu.linear_int4` computes, in eager torch and float64 sums."""
+    n, groups, _ = scale_shift.shape
+    group_size = packed.shape[1] * 2 // groups
+    codes = unpack(packed, groups * group_size).view(n, groups, group_size).double()
+    rows = F.pad(x.float(), (0, groups * group_size - x.shape[-1])).unflatten(-1, (groups, group_size))
+    top = rows.abs().amax(-1, keepdim=True)
+    inverse = torch.where(top > 0, torch.full_like(top, 127) / top, 0)  # `127 / top` would round twice
+    rounded = (rows * inverse).round().double() * (top / 127).double()
+    scale, shift = scale_shift.double().unbind(-1)
+    y = torch.einsum("...gi,ngi->...n", rounded, codes * scale[..., None] - shift[..., None])
+    return (y if bias is None else y + bias.double()).to(x.dtype)

@@ -1,0 +1,96 @@
+"""What a trainer shows about its rollouts: the counters of several turns and ranks, and a progress bar."""
+
+import time
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from tqdm import tqdm
+
+from trl_selfspec.rollout import Progress
+from trl_selfspec.stats import RolloutStats
+
+
+@dataclass
+class Tally:
+    """Rollout counters of one or more generations; adds up over turns, generations and ranks."""
+
+    stats: RolloutStats = field(default_factory=RolloutStats)
+    generations: int = 0  # per rank
+    turns: int = 0  # calls of the generation method: one per generation, more with tools
+    fallbacks: int = 0  # turns that TRL generated in the engine's place
+
+    def add_turn(self, stats: RolloutStats, fallback: bool = False) -> None:
+        self.stats += stats
+        self.turns += 1
+        self.fallbacks += fallback
+
+    def __iadd__(self, other: "Tally") -> Self:
+        self.stats += other.stats
+        self.generations += other.generations
+        self.turns += other.turns
+        self.fallbacks += other.fallbacks
+        return self
+
+    @property
+    def used_engine(self) -> bool:
+        return self.turns > self.fallbacks and self.stats.plain_rounds + self.stats.num_rounds_speculative > 0
+
+    def metrics(self, num_ranks: int) -> dict[str, float]:
+        """What a trainer logs. Seconds are means per generation and rank; the rest are ratios of sums."""
+        metrics = self.stats.metrics(num_ranks)
+        metrics["selfspec/refresh_s"] = self.stats.refresh_s / self.generations
+        metrics["selfspec/rollout_s"] = self.stats.rollout_s / self.generations
+        if self.used_engine:
+            return metrics
+        return {name: metrics[name] for name in ("selfspec/rollout_s", "selfspec/tokens_per_s")}
+
+    def to_vector(self) -> list[float]:
+        return [
+            *map(float, (self.generations, self.turns, self.fallbacks, self.stats.drafter_bytes)),
+            *self.stats.to_vector(),
+        ]
+
+    @classmethod
+    def from_vector(cls, vector: list[float]) -> Self:
+        generations, turns, fallbacks, drafter_bytes = map(round, vector[:4])
+        return cls(RolloutStats.from_vector(vector[4:], drafter_bytes), generations, turns, fallbacks)
+
+    def gather(self, accelerator: Any) -> "Tally":
+        """The sum over all ranks; collective."""
+        vector = torch.tensor([self.to_vector()], dtype=torch.float64, device=accelerator.device)
+        total = Tally()
+        for row in accelerator.gather(vector).tolist():
+            total += Tally.from_vector(row)
+        return total
+
+
+class RolloutBar:
+    """One line on a terminal while a rollout runs: finished sequences, unfinished ones, tokens/s, draft length."""
+
+    def __init__(self, num_rows: int, show: bool) -> None:
+        # `disable=None` keeps it out of files and pipes.
+        self._bar = tqdm(
+            total=num_rows, desc="rollout", unit="seq", leave=False, disable=None if show else True, mininterval=0.2
+        )
+        self._next_s = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def on_round(self, progress: Progress) -> None:
+        now = time.perf_counter()
+        if self._bar.disable or now < self._next_s:
+            return
+        self._next_s = now + self._bar.mininterval
+        self._bar.n = self._bar.total - progress.unfinished
+        self._bar.set_postfix_str(
+            f"{progress.unfinished} unfinished, {progress.tokens_per_s:.0f} tokens/s, "
+            f"draft {progress.num_speculative_tokens}"
+        )
