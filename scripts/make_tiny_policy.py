@@ -36,7 +36,7 @@ import arithmetic
 
 
 MAX_STEPS, BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS = 800, 16, 2e-3, 30
-BUDGET_S = 120.0  # of training; a slower machine stops here, with its learning rate annealed all the same
+BUDGET_S = 150.0  # of training; a slower machine stops here, with its learning rate annealed all the same
 NUM_SAMPLES, MAX_COMPLETION_LENGTH = 256, 320
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<user>", "<assistant>")
 CHAT_TEMPLATE = (
@@ -57,6 +57,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<eos>",
         additional_special_tokens=["<user>", "<assistant>"],
         chat_template=CHAT_TEMPLATE,
+        padding_side="left",
         clean_up_tokenization_spaces=False,
     )
 
@@ -113,7 +114,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, dataset: 
             max_length=None,
             save_strategy="no",
             report_to="none",
-            logging_steps=50,
+            logging_steps=100,
             seed=0,
         )
         deadline = Deadline(budget_s)
@@ -138,7 +139,6 @@ def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> tuple
         list(problems["prompt"]),
         add_generation_prompt=True,
         padding=True,
-        padding_side="left",
         return_tensors="pt",
         return_dict=True,
     ).to(model.device)

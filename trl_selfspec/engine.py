@@ -153,9 +153,13 @@ class SelfSpecEngine:
             return RolloutOutput([], [], [], RolloutStats())
         if seed is None:
             seed = int(torch.randint(2**63 - 1, ()))
+        elif type(seed) is not int or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"`seed={seed!r}` is not supported: use an integer of 64 bits, or None.")
         rollout = self._rollout(requests, law, seed, on_round)
-        with self._forward_context():
+        with self._forward_context(), contextlib.ExitStack() as on_error:
+            on_error.callback(self.release)  # a rollout that failed may leave NaN behind, and a masked NaN still spreads
             rollout.run()
+            on_error.pop_all()
         rollout.stats.refresh_s, self._refresh_s = self._refresh_s, 0.0
         rollout.stats.drafter_bytes = self.drafter_bytes
         policy_logprobs = rollout.logprobs if law.is_full_softmax else rollout.policy_logprobs

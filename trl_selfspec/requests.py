@@ -1,6 +1,6 @@
 """From prompts and a generation config to requests: everything wrong with them is said here, before any work."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from transformers import GenerationConfig
 from transformers.utils import logging
@@ -38,8 +38,8 @@ def make_requests(
     for row_id, prompt in enumerate(prompt_ids):
         prompt = _checked_prompt(prompt, row_id, vocab_size, context_length)
         budget = _budget(generation_config, len(prompt), None if max_new_tokens is None else max_new_tokens[row_id])
-        if budget < 1:
-            raise ValueError(f"Prompt {row_id} may generate {budget} tokens; every row needs a budget of at least 1.")
+        if type(budget) is not int or budget < 1:
+            raise ValueError(f"Prompt {row_id} may generate {budget} tokens; every row needs an integer of at least 1.")
         limit = len(prompt) + budget
         if context_length is not None and limit > context_length:
             logger.warning_once(
@@ -54,11 +54,13 @@ def make_requests(
 def _checked_prompt(
     prompt: Sequence[int], row_id: int, vocab_size: int, context_length: int | None
 ) -> tuple[int, ...]:
+    if isinstance(prompt, str) or not isinstance(prompt, Iterable):
+        raise ValueError(f"Prompt {row_id} is {prompt!r}; give a list of lists of token ids, one list per completion.")
     ids = tuple(prompt)
     if not ids:
         raise ValueError(f"Prompt {row_id} is empty; give it at least one token (for example the BOS token).")
-    if not all(isinstance(token, int) for token in ids):
-        kinds = sorted({type(token).__name__ for token in ids if not isinstance(token, int)})
+    if not all(type(token) is int for token in ids):
+        kinds = sorted({type(token).__name__ for token in ids if type(token) is not int})
         raise ValueError(f"Prompt {row_id} holds {', '.join(kinds)}; prompts are lists of Python ints (`tolist()`).")
     if min(ids) < 0 or max(ids) >= vocab_size:
         wrong = next(token for token in ids if not 0 <= token < vocab_size)

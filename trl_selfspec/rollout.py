@@ -71,6 +71,7 @@ class Rollout:
         runner, num_rows = self.runner, self.scheduler.num_active
         requantize_s = self.prepare_drafter()
         self.controller.observe_requantize(requantize_s)
+        self.stats.requantize_s += requantize_s
         self.stats.rollout_s -= requantize_s  # counted as refresh_s
         if self.stats.num_rounds_speculative == 0:
             self.stats.toggle_active_sequences_sum += self.scheduler.num_unfinished

@@ -164,7 +164,7 @@ class RoundRunner:
         for step in range(gamma):
             at = lengths + step
             scores = self._process(self._forward(self.drafter, at[:, None] - 1, num_slots), at)[:, 0]
-            nan |= scores.sum(-1).isnan()
+            nan |= ~scores.amax(-1).isfinite()
             draft = self.verification.propose(scores, row_ids, at)
             state.tokens[rows].scatter_(1, at[:, None], draft[:, None])
         self.clock.mark()
