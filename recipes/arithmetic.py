@@ -14,7 +14,7 @@ from datasets import Dataset
 
 SOURCES = (Path(__file__), Path(__file__).parents[1] / "scripts" / "make_tiny_policy.py")
 CHARACTERS = "0123456789:*=? "
-LARGEST_COUNT, LARGEST_SUMMAND = 40, 29
+LARGEST_COUNT, LARGEST_SUMMAND = 40, 19
 
 
 def tiny_policy_dir() -> Path:

@@ -8,6 +8,7 @@ saved in bf16.
 """
 
 import argparse
+import random
 import shutil
 import sys
 import tempfile
@@ -35,7 +36,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import arithmetic
 
 
-MAX_STEPS, BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS = 800, 16, 2e-3, 30
+MAX_STEPS, BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS = 900, 16, 2e-3, 30
+POOL_SIZE = 16 * BATCH_SIZE  # problems that are sorted into batches of similar length
 BUDGET_S = 150.0  # of training; a slower machine stops here, with its learning rate annealed all the same
 NUM_SAMPLES, MAX_COMPLETION_LENGTH = 256, 320
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<user>", "<assistant>")
@@ -79,6 +81,16 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def batched_by_length(dataset: Dataset) -> Dataset:
+    """Batches of similar length, in random order: half the padding, and no run of long batches after short ones."""
+    rng, order = random.Random(0), []
+    for start in range(0, len(dataset), POOL_SIZE):
+        pool = sorted(range(start, start + POOL_SIZE), key=lambda i: len(dataset[i]["completion"][0]["content"]))
+        batches = [pool[i : i + BATCH_SIZE] for i in range(0, POOL_SIZE, BATCH_SIZE)]
+        order += [index for batch in rng.sample(batches, len(batches)) for index in batch]
+    return dataset.select(order)
+
+
 class Deadline(TrainerCallback):
     """Stops at the budget. `progress` counts steps or seconds, whichever is further."""
 
@@ -107,7 +119,8 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, dataset: 
             scratch,
             max_steps=MAX_STEPS,
             per_device_train_batch_size=BATCH_SIZE,
-            train_sampling_strategy="group_by_length",
+            train_sampling_strategy="sequential",
+            shuffle_dataset=False,
             bf16=native_bf16,
             use_cpu=not torch.cuda.is_available(),
             gradient_checkpointing=False,
@@ -172,8 +185,9 @@ def main() -> None:
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
-    dataset = arithmetic.make_dataset(MAX_STEPS * BATCH_SIZE, seed=0, with_completion=True)
-    train(model, tokenizer, dataset, args.budget)
+    num_pools = -(-MAX_STEPS * BATCH_SIZE // POOL_SIZE)
+    dataset = arithmetic.make_dataset(num_pools * POOL_SIZE, seed=0, with_completion=True)
+    train(model, tokenizer, batched_by_length(dataset), args.budget)
     report(model, tokenizer, time.monotonic() - start)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=args.output.parent))

@@ -14,8 +14,8 @@ FLOORS = tuple(
     for names in (
         "sampling rejection stats estimates controller options timing scheduler",
         "quantize kernels",
-        "law adapters mirror cache attention rounds memory requests rollout selfcheck engine",
-        "config reporting trainer model_card",
+        "law sharding adapters mirror cache attention rounds memory requests rollout selfcheck engine",
+        "config reporting following checkpointing trainer model_card",
     )
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

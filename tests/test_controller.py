@@ -238,9 +238,9 @@ def test_disabling_lasts_until_the_next_rollout(bound: int | None) -> None:
     assert any(machine.rounds(4, controller, 5))
 
 
-@pytest.mark.parametrize(("requantize_s", "drafts"), [(0.0, True), (5e3, False)])
+@pytest.mark.parametrize(("requantize_s", "drafts"), [(0.0, True), (3e2, True), (5e3, False)])
 def test_a_gain_too_small_to_pay_for_requantizing_is_left(requantize_s: float, drafts: bool) -> None:
-    """Rollouts of about 3 s (in ms) that speculation halves, behind a requantizing of nothing or of 5 s."""
+    """Rollouts of about 3 s (in ms) that speculation halves, behind a requantizing of nothing, 0.3 s or 5 s."""
     *law, rows = WINNING["memory-bound"]
     controller = Controller()
     for seed in range(4):

@@ -145,7 +145,7 @@ def test_a_broken_engine_is_noticed(
     monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, sabotage: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
     """Negative controls: the comparison with plain sampling sees each of these."""
-    plain = sample(model, 0, repetition_penalty=3.0)
+    plain = sample(model, 0, temperature=0.5, repetition_penalty=3.0)
     sabotage(monkeypatch)
-    wrong = sample(model, 3, max_batch_size=5, repetition_penalty=3.0)
+    wrong = sample(model, 3, max_batch_size=5, temperature=0.5, repetition_penalty=3.0)
     assert sum(a != b for a, b in zip(wrong.completion_ids, plain.completion_ids, strict=True)) >= 2

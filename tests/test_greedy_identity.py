@@ -1,6 +1,6 @@
 """Greedy output is `model.generate`'s, token for token, in fp32, for every architecture that the engine supports."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec import rounds
 from trl_selfspec.cache import PagedCache
-from trl_selfspec.engine import RolloutOutput, SelfSpecEngine
+from trl_selfspec.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.rejection import Verdict
 from trl_selfspec.rounds import RoundResult, RoundRunner
@@ -241,15 +241,14 @@ def accept_one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def show_one_slot_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    bias = PagedCache.bias
+    begin = PagedCache.begin
 
-    def shifted(self: PagedCache, *args: object) -> torch.Tensor:
-        positions, self.positions = self.positions, self.positions + 1
-        result = bias(self, *args)  # type: ignore[arg-type]
-        self.positions = positions
-        return result
+    def shifted(self: PagedCache, positions: torch.Tensor, *args: object, **kwargs: object) -> None:
+        begin(self, positions, *args, **kwargs)  # type: ignore[arg-type]
+        if not self.fresh:
+            self.positions = positions + 1
 
-    monkeypatch.setattr(PagedCache, "bias", shifted)
+    monkeypatch.setattr(PagedCache, "begin", shifted)
 
 
 def keep_the_drafters_keys(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,13 @@
-"""A row's sample depends on the seed, its index and its own prompt alone, and its log-probabilities are the model's."""
+"""A row depends on the seed, its index and its own prompt alone, and its log-probabilities are the model's."""
 
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, Schedule, ragged_prompts, spoil, tiny_model
+from tiny_models import Schedule, ragged_prompts, spoil, tiny_model
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from trl_selfspec import engine as engine_module
 from trl_selfspec.engine import RolloutOutput, SelfSpecEngine
 from trl_selfspec.law import SamplingLaw, effective_generation_config
 from trl_selfspec.options import SelfSpecOptions
@@ -190,7 +189,9 @@ def see_the_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def forget_row_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     admit = RowState.admit
-    monkeypatch.setattr(RowState, "admit", lambda self, row, prompt, limit, row_id: admit(self, row, prompt, limit, row))
+    monkeypatch.setattr(
+        RowState, "admit", lambda self, row, prompt, limit, row_id: admit(self, row, prompt, limit, row)
+    )
 
 
 def draw_from_the_global_generator(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,4 +221,6 @@ def test_wrong_log_probabilities_are_noticed(model: PreTrainedModel, fault: str)
         "processed": output.logprobs,
     }[fault]
     with pytest.raises(AssertionError):
-        assert_log_probabilities(model, config, RolloutOutput(output.completion_ids, output.logprobs, wrong, output.stats))
+        assert_log_probabilities(
+            model, config, RolloutOutput(output.completion_ids, output.logprobs, wrong, output.stats)
+        )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trl_selfspec import kernels
-from trl_selfspec.kernels import cpu, dispatch, int4
+from trl_selfspec.kernels import build, cpu, dispatch, int4
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -34,9 +34,9 @@ def _inference():
 @pytest.fixture
 def fresh_library():
     """Lets a test load the library under changed circumstances."""
-    cpu._library.cache_clear()
+    build._library.cache_clear()
     yield
-    cpu._library.cache_clear()
+    build._library.cache_clear()
 
 
 def random_int4(n: int, k: int, group_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -210,15 +210,15 @@ def test_without_kernels_there_is_one_warning_and_torch_is_used(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(dispatch, "torch_has_native_bf16", lambda: False)
     if missing == "compiler":
-        monkeypatch.setattr(cpu.shutil, "which", lambda name: None)
+        monkeypatch.setattr(build.shutil, "which", lambda name: None)
     elif missing == "avx2":
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     else:
         broken = tmp_path / "broken.c"
         broken.write_text("this is not C")
-        monkeypatch.setattr(cpu, "SOURCE", broken)
+        monkeypatch.setattr(build, "SOURCE", broken)
     x, w = torch.randn(5, 64).to(BF16), torch.randn(16, 64).to(BF16)
-    with caplog.at_level(logging.WARNING, logger=cpu.__name__):
+    with caplog.at_level(logging.WARNING, logger=build.__name__):
         assert not kernels.available()
         assert torch.equal(kernels.linear_bf16(x, w), F.linear(x, w))
         assert torch.equal(kernels.linear_bf16(x, w), F.linear(x, w))
@@ -230,6 +230,50 @@ def test_processes_that_build_at_once_do_not_race(monkeypatch, tmp_path):
     """Every rank of a fresh machine compiles at the same moment: each must end with a whole library."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda _: cpu._build(), range(2))
+        first, second = pool.map(lambda _: build._build(), range(2))
     assert first == second and first.exists()
     assert list(first.parent.iterdir()) == [first]
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernel", ["bf16", "int4"])
+def test_a_prepared_layer_follows_what_it_was_given(kernel: str):
+    """The mirror re-points aliases and overwrites storages: a remembered address would read freed memory.
+    Negative control: the result from before."""
+    x, bias = torch.randn(3, 64).to(BF16), torch.nn.Parameter(torch.randn(8).to(BF16), requires_grad=False)
+    if kernel == "bf16":
+        weight = torch.nn.Parameter(torch.randn(8, 64).to(BF16), requires_grad=False)
+        prepared = cpu.PreparedLinear(weight, bias=bias)
+        before = prepared(x)
+        weight.data = torch.randn(8, 64).to(BF16)
+        again = cpu.linear_bf16(x, weight, bias)
+    else:
+        packed, scale_shift = random_int4(8, 64, 64, BF16)
+        prepared = cpu.PreparedLinear(packed, scale_shift, bias, 64)
+        before = prepared(x)
+        bias.data = torch.randn(8).to(BF16)
+        again = cpu.linear_int4(x, packed, scale_shift, bias)
+    assert torch.equal(prepared(x), again) and not torch.equal(before, again)
+    for broken in (torch.randn(64, 16).to(BF16)[:, ::2].T, torch.randn(7).to(BF16)):
+        (weight if kernel == "bf16" else bias).data = broken
+        with pytest.raises(AssertionError):
+            prepared(x)
+
+
+@needs_kernels
+@pytest.mark.parametrize("wrong", [torch.randn(3, 63).to(BF16), torch.randn(3, 64)])
+def test_a_prepared_layer_refuses_other_inputs(wrong: Tensor):
+    """Reading past a row, or bf16 as fp32, gives garbage or a segmentation fault."""
+    with pytest.raises(AssertionError):
+        cpu.PreparedLinear(torch.randn(8, 64).to(BF16))(wrong)
+
+
+@pytest.mark.parametrize("without", [False, True])
+def test_preparing_chooses_as_calling_does(monkeypatch, without: bool):
+    if without:
+        monkeypatch.setattr(build, "available", lambda: False)
+    for dtype in (BF16, FP32):
+        x, w, bias = (torch.randn(*shape).to(dtype) for shape in ((5, 64), (16, 64), (16,)))
+        prepared = kernels.prepare_linear(w, bias)
+        assert torch.equal(prepared(x), kernels.linear_bf16(x, w, bias))
+        assert not (without and isinstance(prepared, cpu.PreparedLinear))

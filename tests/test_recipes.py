@@ -101,7 +101,7 @@ def test_problem_lengths_have_a_long_tail() -> None:
         ("#### 72", "I do not know", 0.0),
         ("#### 72", r"\boxed{\frac{", 0.0),
         (r"hence \boxed{\frac{1}{2}}", r"\boxed{0.5}", 1.0),
-        ("0.5", r"$\frac{1}{2}$", 1.0),
+        ("0.5", r"\boxed{\frac{1}{2}}", 1.0),
     ],
 )
 def test_answers_are_verified(answer: str, completion: str, reward: float) -> None:

@@ -24,7 +24,7 @@ from trl_selfspec import SelfSpecEngine, SelfSpecGRPOTrainer
 from trl_selfspec.model_card import rollout_section
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.reporting import Tally
-from trl_selfspec.trainer import STATE_FILE
+from trl_selfspec.checkpointing import STATE_FILE
 
 
 class _Watched(SelfSpecGRPOTrainer):
@@ -135,7 +135,7 @@ def test_the_controller_comes_back_from_a_checkpoint(tmp_path: Path, caplog: pyt
     resumed.save_state()
     assert json.loads((tmp_path / STATE_FILE).read_text()) == saved
     for trainer in (resumed, fresh):
-        trainer._prepare_engine(trainer._selfspec_options)
+        trainer._prepare_engine()
     assert json.loads(json.dumps(resumed._engine.state_dict())) == saved["engine"]
     assert json.loads(json.dumps(fresh._engine.state_dict())) != saved["engine"]
 

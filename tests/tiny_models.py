@@ -95,7 +95,7 @@ class Schedule:
     def __init__(self, *draft_lengths: int) -> None:
         self.draft_lengths, self.rounds = draft_lengths, 0
 
-    def begin_rollout(self) -> None:
+    def begin_rollout(self, drafter_is_current: bool = False) -> None:
         self.rounds, self.disabled = 0, False
 
     def choose(self, rows: int) -> int:

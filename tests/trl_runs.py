@@ -118,13 +118,14 @@ def make_trainer(
     reward: Recorder | None = None,
     trainer_kwargs: dict[str, Any] | None = None,
     conversational: bool = False,
+    train_dataset: Any = None,
     **overrides: Any,
 ) -> Any:
     return trainer_class(
         model=make_model() if model is None else model,
         reward_funcs=reward or Recorder(),
         args=config_class(**config_values(output_dir, **overrides)),
-        train_dataset=make_dataset(conversational),
+        train_dataset=train_dataset or make_dataset(conversational),
         processing_class=make_tokenizer(),
         **(trainer_kwargs or {}),
     )

@@ -8,6 +8,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from trl_selfspec.sharding import gathered
+
 
 def base_model(policy: nn.Module) -> nn.Module:
     """The transformers model inside `policy`, PEFT's wrapper removed."""
@@ -25,13 +27,13 @@ def effective_tensor(module: nn.Module, attribute: str) -> Tensor | None:
     elif isinstance(module, AuxiliaryTrainingWrapper):
         raise NotImplementedError(f"{type(module).__name__} can't be merged")
     if not isinstance(module, BaseTunerLayer):
-        return _gathered(getattr(module, attribute))
+        return gathered(getattr(module, attribute))
     base = module.get_base_layer()
     merged = attribute == "weight" and bool(module.active_adapters) and not module.merged and not module.disable_adapters
     if not merged:
-        return _gathered(getattr(base, attribute))
+        return gathered(getattr(base, attribute))
     if isinstance(module, LoraLayer) and not any(_is_dora(module, name) for name in module.active_adapters):
-        return _merged_lora(module, _gathered(base.weight))
+        return _merged_lora(module, gathered(base.weight))
     clone = copy.deepcopy(module)
     clone.merge()
     return clone.get_base_layer().weight.detach().clone()
@@ -41,7 +43,7 @@ def _merged_lora(layer: LoraLayer, weight: Tensor) -> Tensor:
     merged = weight.detach().float()
     for name in layer.active_adapters:
         if name in layer.lora_A or name in layer.lora_embedding_A:
-            merged = merged + layer.get_delta_weight(name).float()  # type: ignore[operator]
+            merged = merged + gathered(layer.get_delta_weight(name)).float()  # type: ignore[operator]
     return merged.to(weight.dtype)
 
 
@@ -54,9 +56,3 @@ def _active_copy(wrapper: ModulesToSaveWrapper) -> nn.Module:
 
 def _is_dora(layer: LoraLayer, name: str) -> bool:
     return bool(layer.use_dora.get(name, False)) if isinstance(layer.use_dora, dict) else bool(layer.use_dora)
-
-
-def _gathered(tensor: Tensor | None) -> Tensor | None:
-    if tensor is None or not isinstance(tensor, torch.distributed.tensor.DTensor):
-        return tensor
-    return tensor.full_tensor()

@@ -1,8 +1,8 @@
 """One attention function for every model, target and drafter alike: it reads the shared paged cache.
 
-Grouped query heads are packed into the query length, so that no key is repeated in memory. The function is found by
-transformers under `IMPLEMENTATION`; the cache it reads hangs on each attention module (`bind_cache`), because not every
-architecture passes keyword arguments through.
+On a CPU one kernel writes a decode step's states and attends. Elsewhere grouped query heads are packed into the query
+length of SDPA, so that no key is repeated in memory. The function is found by transformers under `IMPLEMENTATION`; the
+cache hangs on each attention module (`bind_cache`), because not every architecture passes keyword arguments through.
 """
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from trl_selfspec import kernels
 from trl_selfspec.cache import PagedCache
 
 
@@ -17,7 +18,9 @@ IMPLEMENTATION = "selfspec"
 
 
 def bind_cache(model: nn.Module, cache: PagedCache | None) -> None:
-    """Lets every attention module of `model` find `cache`; `None` lets go of it."""
+    """Lets every attention module of `model` find `cache`, and write to it; `None` lets go of it."""
+    if cache is not None:
+        cache.attention_writes = True
     for module in model.modules():
         if hasattr(module, "layer_idx"):
             module.paged_cache = cache  # type: ignore[assignment]
@@ -26,7 +29,7 @@ def bind_cache(model: nn.Module, cache: PagedCache | None) -> None:
 def selfspec_attention(
     module: nn.Module,
     query: Tensor,  # (B, H, T, D)
-    key: Tensor,  # (B, K, T, D): the states of this forward, already in the cache
+    key: Tensor,  # (B, K, T, D): the states of this forward, which are written to the cache here
     value: Tensor,  # (B, K, T, Dv)
     attention_mask: Tensor | None,
     scaling: float | None = None,
@@ -42,6 +45,13 @@ def selfspec_attention(
         `(B, T, H, Dv)` and `None` (weights are never materialised for the caller).
     """
     cache: PagedCache = module.paged_cache  # type: ignore[assignment]
+    plain = softcap is None and s_aux is None
+    layer = cache.layers[module.layer_idx]  # type: ignore[index]
+    if plain and cache.rows_in_place and kernels.can_attend(query, key, value, layer.keys):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        storage = layer.keys, layer.values, cache.positions, cache.write_index, cache.num_slots
+        return kernels.write_and_attend(query, key, value, *storage, scale, sliding_window), None
+    layer.write(key, value)
     if cache.fresh:
         keys, values = key, value
     else:
@@ -49,7 +59,6 @@ def selfspec_attention(
     num_rows, num_heads, num_queries, head_dim = query.shape
     groups = num_heads // keys.shape[1]
     query, keys, values = query.to(keys.dtype), keys, values.to(keys.dtype)
-    plain = softcap is None and s_aux is None
     if cache.fresh and plain and (sliding_window is None or sliding_window >= num_queries):
         keys, values = (states.repeat_interleave(groups, dim=1) for states in (keys, values))
         out = scaled_dot_product_attention(query, keys, values, is_causal=num_queries > 1, scale=scaling)

@@ -31,22 +31,27 @@ class PagedLayer(CacheLayerMixin):
         owner = self.owner
         dtype = owner.dtype or key_states.dtype
 
-        def storage(states: Tensor) -> Tensor:  # zeros: a masked NaN from uninitialised memory would still poison 0 * NaN
+        def storage(states: Tensor) -> Tensor:  # zeros: a masked NaN from uninitialised memory would poison 0 * NaN
             return states.new_zeros((owner.num_pages, owner.page_size, states.shape[1], states.shape[3]), dtype=dtype)
 
         self.keys, self.values = storage(key_states), storage(value_states)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Writes `(B, K, T, D)` states to the current forward's slots and hands them back unchanged."""
+        """Writes `(B, K, T, D)` states, unless attention will, and hands them back unchanged."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if not self.owner.attention_writes:
+            self.write(key_states, value_states)
+        return key_states, value_states
+
+    def write(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Writes `(B, K, T, D)` states to the current forward's slots."""
         assert self.keys is not None and self.values is not None
         index = self.owner.write_index
         for storage, states in ((self.keys, key_states), (self.values, value_states)):
             flat = states.transpose(1, 2).reshape(-1, states.shape[1], states.shape[3])
             storage.flatten(0, 1).index_copy_(0, index, flat.to(storage.dtype))
-        return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.owner.num_slots, 0
@@ -85,6 +90,7 @@ class PagedCache(Cache):
         self.row_capacity = self.pages_per_row * self.page_size
         self.num_pages = 1 + max_rows * self.pages_per_row
         self.max_rows, self.dtype, self.device = max_rows, dtype, torch.device(device)
+        self.attention_writes = False  # True: states are written by the attention function that `bind_cache` bound
         self._table = torch.zeros(max_rows, self.pages_per_row, dtype=torch.int64, device=self.device)
         self.reset()
 
@@ -111,7 +117,7 @@ class PagedCache(Cache):
         lengths: Tensor | None = None,  # (B,) int64: positions >= length are padding
         fresh: bool = False,
     ) -> None:
-        """Announces a forward over `positions`; `fresh` means its keys are all there is (a prefill from position 0)."""
+        """Announces a forward over `positions`; `fresh` means its keys are all there is (prefill from position 0)."""
         table = self._table[: len(positions)] if rows is None else self._table[rows]
         pages = table.gather(1, (positions // self.page_size).clamp_(max=self.pages_per_row - 1))
         if lengths is not None:
@@ -119,6 +125,11 @@ class PagedCache(Cache):
         self.write_index = (pages * self.page_size + positions % self.page_size).flatten()
         self.positions, self.num_slots, self.rows, self.fresh = positions, num_slots, rows, fresh
         self._bias: dict[tuple[int | None, int, torch.dtype], Tensor] = {}
+
+    @property
+    def rows_in_place(self) -> bool:
+        """Whether this forward reads the keys of row b from page b + 1 and not from its own states."""
+        return self.dense and self.rows is None and not self.fresh
 
     def keys_and_values(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Slots 0..num_slots-1 of the current rows, `(B, num_slots, K, D)` each; views where rows are dense."""

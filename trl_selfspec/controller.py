@@ -91,7 +91,9 @@ class Controller:
         self._rows = 0
         self.begin_rollout()
 
-    def begin_rollout(self) -> None:
+    def begin_rollout(self, drafter_is_current: bool = False) -> None:
+        """Starts afresh with what was learned. A current drafter can be used without requantizing first."""
+        self._drafter_is_current = drafter_is_current
         self._last_rollout_s, self._rollout_s = self._rollout_s or self._last_rollout_s, 0.0
         self._spent_s = 0.0  # wasted by trials in this rollout
         self._gamma = 0
@@ -161,7 +163,7 @@ class Controller:
 
     def observe_requantize(self, seconds: float) -> None:
         """What it took to have a current drafter before a speculative round; the first of a rollout counts."""
-        if not self._drafted:
+        if not (self._drafted or self._drafter_is_current):
             self._requantize_s.append(seconds)
 
     def _advance(self, seconds: float) -> None:
@@ -178,12 +180,15 @@ class Controller:
         expected = next((o.seconds for o in self._options(rows) if o.gamma == gamma), None)
         plain = self.plain_seconds(rows) or seconds
         cap = (2 * gamma + 1) * plain if expected is None else 3 * expected
-        self._charge(min(seconds, cap) - self._expected[gamma] / trial.incumbent.rate + trial.entry_s)
+        self._charge(min(seconds, cap) - self._expected[gamma] / trial.incumbent.rate)
+        self._wasted_s += trial.entry_s
 
     @property
     def _entry_s(self) -> float:
         """What the first draft of a rollout costs on top: a current drafter."""
-        return 0.0 if self._drafted or not self._requantize_s else median_low(self._requantize_s)
+        if self._drafted or self._drafter_is_current or not self._requantize_s:
+            return 0.0
+        return median_low(self._requantize_s)
 
     def _forbidden(self, rows: int) -> bool:
         over = self._max_active_sequences is not None and rows > self._max_active_sequences
@@ -223,10 +228,10 @@ class Controller:
             return current
         return best
 
-    def _pays_entry(self, share: float) -> bool:
-        """Whether the rest of the rollout, shortened to this share, makes up for requantizing."""
+    def _pays_entry(self, share: float, times: float = 1.0) -> bool:
+        """Whether the rest of the rollout, shortened to this share, makes up for requantizing `times` over."""
         rest_s = max(self._last_rollout_s - self._rollout_s, self._rollout_s / 2)
-        return self._entry_s == 0 or rest_s * (1 - share) > self._entry_s
+        return self._entry_s == 0 or rest_s * (1 - share) > times * self._entry_s
 
     def _worth_trying(self, rows: int, options: list[Option], incumbent: Option) -> int | None:
         """A γ to measure in the incumbent's place, if one may pay and the budget lasts."""
@@ -248,7 +253,9 @@ class Controller:
             option = promising[0] if blind else max(promising, key=lambda option: option.ceiling)
         else:
             option = self._due_again(rows, options, incumbent)
-        return option.gamma if option and self._affords(_excess_s(option, incumbent)) else None
+        if option is None or not self._affords(_excess_s(option, incumbent), incumbent.rate / option.ceiling):
+            return None
+        return option.gamma
 
     def _due_again(self, rows: int, options: list[Option], incumbent: Option) -> Option | None:
         """The other side of the gate, once a round of it costs little against the time since its last."""
@@ -260,8 +267,10 @@ class Controller:
         cost_s = max(_excess_s(other, incumbent), 0.1 * options[0].seconds) + self._entry_s
         return other if cost_s <= PROBE_SHARE * since_s else None
 
-    def _affords(self, excess_s: float) -> bool:
-        return self._spent_s + max(excess_s, 0.0) + self._entry_s <= BUDGET * self._rollout_s
+    def _affords(self, excess_s: float, share: float = 1.0) -> bool:
+        """Whether the budget covers a trial. Requantizing is on it, unless the promised share pays for that twice."""
+        entry_s = 0.0 if self._pays_entry(share, times=2.0) else self._entry_s
+        return self._spent_s + max(excess_s, 0.0) + entry_s <= BUDGET * self._rollout_s
 
     def explain(self) -> str:
         """Why the last choice was made, in one sentence."""

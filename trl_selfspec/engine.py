@@ -71,6 +71,7 @@ class SelfSpecEngine:
         model: a transformers causal LM, or a PEFT model around one, on the device to generate on.
         options: see [`SelfSpecOptions`].
         autocast_dtype: dtype of the autocast under which the model is trained; `None` for none.
+        param_dtype: dtype to which FSDP's mixed precision casts the model's parameters; `None` for none.
 
     Raises:
         UnsupportedModelError: the architecture or an adapter can't be run faithfully; the message names the reason.
@@ -86,10 +87,11 @@ class SelfSpecEngine:
         model: PreTrainedModel,
         options: SelfSpecOptions | None = None,
         autocast_dtype: torch.dtype | None = None,
+        param_dtype: torch.dtype | None = None,
     ) -> None:
         self.options = options or SelfSpecOptions()
         self.autocast_dtype = autocast_dtype
-        self._mirror = Mirror(model, autocast_dtype)
+        self._mirror = Mirror(model, autocast_dtype, param_dtype)
         embeddings = self._mirror.model.get_input_embeddings().weight
         self.device, self._vocab_size = embeddings.device, embeddings.shape[0]
         self._dtype = autocast_dtype or embeddings.dtype
@@ -105,6 +107,11 @@ class SelfSpecEngine:
         self._drafter_version, self._wanted_version = 0, self._mirror.version
         self._refresh_s = 0.0
         self._cache: PagedCache | None = None
+
+    @property
+    def stale(self) -> bool:
+        """Whether the model's weights changed since the last `refresh`, as far as their versions tell."""
+        return self._mirror.stale
 
     def refresh(self, draft: bool = True) -> None:
         """Follows the model's weights, in place. Collective where the weights are sharded.
@@ -157,7 +164,7 @@ class SelfSpecEngine:
             raise ValueError(f"`seed={seed!r}` is not supported: use an integer of 64 bits, or None.")
         rollout = self._rollout(requests, law, seed, on_round)
         with self._forward_context(), contextlib.ExitStack() as on_error:
-            on_error.callback(self.release)  # a rollout that failed may leave NaN behind, and a masked NaN still spreads
+            on_error.callback(self.release)  # a failed rollout may leave NaN, which spreads through masked keys too
             rollout.run()
             on_error.pop_all()
         rollout.stats.refresh_s, self._refresh_s = self._refresh_s, 0.0
@@ -216,7 +223,8 @@ class SelfSpecEngine:
             self._refresh_s += seconds
             return seconds
 
-        return Rollout(runner, Scheduler(requests, max_rows), self.controller, prepare_drafter, on_round)
+        current = self._drafter_version == self._wanted_version
+        return Rollout(runner, Scheduler(requests, max_rows), self.controller, prepare_drafter, current, on_round)
 
     def _verification(self, seed: torch.Tensor) -> Verification:
         return VERIFICATIONS[self.options.verification](seed)

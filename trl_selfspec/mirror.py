@@ -18,10 +18,12 @@ from trl_selfspec.adapters import base_model, effective_tensor
 from trl_selfspec.attention import IMPLEMENTATION
 from trl_selfspec.kernels import linear_bf16
 from trl_selfspec.quantize import QuantizedLinear
+from trl_selfspec.sharding import fingerprint, gathered_partitions
 
 
 # transformers recomputes the frequencies of these for the longest row of the batch: a row would see its neighbours.
 BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+WINDOWS = ("sliding_window", "attention_chunk_size")  # a config's names for how far back a layer sees
 
 
 class UnsupportedModelError(ValueError):
@@ -47,27 +49,40 @@ class Mirror:
         policy: a transformers causal LM, or a PEFT model around one.
         autocast_dtype: dtype in which the training forward computes its Linear layers under autocast; `None` where
             it runs in the parameters' own dtype.
+        param_dtype: dtype to which FSDP's mixed precision casts every parameter for the forward; `None` for none.
 
     Raises:
         UnsupportedModelError: the tree can't be rebuilt from its config, or an adapter can't be merged.
     """
 
-    def __init__(self, policy: nn.Module, autocast_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        policy: nn.Module,
+        autocast_dtype: torch.dtype | None = None,
+        param_dtype: torch.dtype | None = None,
+    ) -> None:
         self.base = base_model(policy)
-        self.autocast_dtype = autocast_dtype
+        self.autocast_dtype, self.param_dtype = autocast_dtype, param_dtype
         self.version = 0
         self._copies: list[tuple[Tensor, Callable[[], Tensor]]] = []
         self._aliases: list[tuple[nn.Parameter, Callable[[], Tensor]]] = []
-        self.model = _meta_tree(self.base, IMPLEMENTATION)
+        self._fingerprint = fingerprint(self.base)
+        _refuse_batch_dependent_rope(self.base)
+        try:
+            self.model = _meta_tree(self.base, IMPLEMENTATION)
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
+            raise UnsupportedModelError(
+                f"{type(self.base).__name__} can't be rebuilt from its config with the engine's attention: {error!r}. "
+                "Use TRL's own generation (`use_selfspec=False`)."
+            ) from error
         for name, module in list(self.model.named_modules()):
             self._mirror_module(name, module)
-        self._fingerprint = self._policy_fingerprint()
         self.refresh()
 
     @property
     def stale(self) -> bool:
         """Whether an in-place operation (an optimizer step, a load) changed the policy since the last `refresh`."""
-        return self._fingerprint != self._policy_fingerprint()
+        return self._fingerprint != fingerprint(self.base)
 
     @property
     def num_layers(self) -> int:
@@ -76,20 +91,25 @@ class Mirror:
     @torch.no_grad()
     def refresh(self) -> None:
         """Brings copied tensors up to date and follows aliases whose source moved."""
+        self._fingerprint = fingerprint(self.base)
         for parameter, read in self._aliases:
             if parameter.data_ptr() != (source := read()).data_ptr():
                 parameter.data = source.detach()
         for storage, read in self._copies:
             storage.copy_(read())
-        self._fingerprint = self._policy_fingerprint()
         self.version += 1
 
-    def reference(self) -> nn.Module:
-        """The same tensors in transformers' own modules and attention: what the self-check compares against."""
-        return _adopt(_meta_tree(self.base, self.base.config._attn_implementation), self.model)
+    def shortsighted(self, window: int) -> tuple[nn.Module, nn.Module]:
+        """Twins of the mirror and of transformers' own modules with windows of at most `window` tokens.
 
-    def _policy_fingerprint(self) -> int:
-        return sum(parameter._version for parameter in self.base.parameters())
+        For the self-check: a window that its few tokens never fill would not be checked at all.
+        """
+        own = _adopt(_meta_tree(self.base, self.base.config._attn_implementation, window), self.model)
+        twin = _meta_tree(self.base, IMPLEMENTATION, window)
+        for name, module in self.model.named_modules():
+            if type(module) is not type(twin.get_submodule(name)):
+                _replace(twin, name, module)
+        return _adopt(twin, self.model), own
 
     def _mirror_module(self, name: str, module: nn.Module) -> None:
         try:
@@ -106,19 +126,26 @@ class Mirror:
 
     def _mirror_tensor(self, module: nn.Module, source: nn.Module, attribute: str) -> None:
         def read() -> Tensor:
-            return effective_tensor(source, attribute)  # type: ignore[return-value]
+            with gathered_partitions(source):
+                return effective_tensor(source, attribute)  # type: ignore[return-value]
 
         tensor = read()
-        cast = isinstance(module, nn.Linear) and self.autocast_dtype is not None and tensor.dtype == torch.float32
-        if isinstance(tensor, nn.Parameter) and not cast:
+        dtype = self._dtype_in_forward(module, attribute, tensor)
+        if isinstance(tensor, nn.Parameter) and tensor.dtype == dtype:
             alias = nn.Parameter(tensor.detach(), requires_grad=False)
             _assign(module, attribute, alias)
             self._aliases.append((alias, read))
             return
         # Buffers are copied too: some rotary embeddings rewrite theirs, which must not reach the policy.
-        storage = torch.empty_like(tensor, dtype=self.autocast_dtype if cast else tensor.dtype, requires_grad=False)
+        storage = torch.empty_like(tensor, dtype=dtype, requires_grad=False)
         _assign(module, attribute, storage)
         self._copies.append((storage, read))
+
+    def _dtype_in_forward(self, module: nn.Module, attribute: str, tensor: Tensor) -> torch.dtype:
+        if self.param_dtype is not None and attribute in module._parameters and tensor.is_floating_point():
+            return self.param_dtype
+        cast = isinstance(module, nn.Linear) and self.autocast_dtype is not None and tensor.dtype == torch.float32
+        return self.autocast_dtype if cast else tensor.dtype  # type: ignore[return-value]
 
 
 def make_drafter(mirror: Mirror, qtype: str, quantize_lm_head: bool = True) -> nn.Module:
@@ -150,14 +177,22 @@ def drafter_bytes(drafter: nn.Module) -> int:
     return sum(module.nbytes for module in drafter.modules() if isinstance(module, QuantizedLinear))
 
 
-def _meta_tree(base: nn.Module, attention: str) -> nn.Module:
-    config = copy.deepcopy(base.config)
-    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+def _refuse_batch_dependent_rope(base: nn.Module) -> None:
+    rope = getattr(base.config.get_text_config(decoder=True), "rope_parameters", None) or {}
     if rope.get("rope_type") in BATCH_DEPENDENT_ROPE:
         raise UnsupportedModelError(
             f"rotary scaling `{rope['rope_type']}` depends on the longest row of the batch, so samples would too; "
             "use TRL's own generation (`use_selfspec=False`)."
         )
+
+
+def _meta_tree(base: nn.Module, attention: str, window: int | None = None) -> nn.Module:
+    config = copy.deepcopy(base.config)
+    text_config = config.get_text_config(decoder=True)
+    if window is not None:
+        for name in WINDOWS:
+            if getattr(text_config, name, None):
+                setattr(text_config, name, min(window, getattr(text_config, name)))
     config._attn_implementation = attention
     with torch.device("meta"):
         return type(base)(config).eval()

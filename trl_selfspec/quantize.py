@@ -90,6 +90,8 @@ class QuantizedLinear(nn.Module):
         self.backend = _choose_backend(self)
         for name, buffer in self.backend.derive(self).items():
             self.register_buffer(name, buffer, persistent=False)
+        if self.backend.linear is _own_int4:
+            self.prepared = kernels.PreparedLinear(self.packed, self.scale_shift, bias, in_features, dtype)
 
     def _storages(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         rows, columns = self.out_features, self.in_features
@@ -134,7 +136,8 @@ class QuantizedLinear(nn.Module):
         return weight.view(self.out_features, padded)[:, : self.in_features].contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.backend.linear(self, x.to(self.dtype))  # as autocast would
+        x = x if x.dtype is self.dtype else x.to(self.dtype)  # as autocast would
+        return self.backend.linear(self, x)
 
     @property
     def nbytes(self) -> int:
@@ -188,7 +191,7 @@ class Backend(NamedTuple):
 
 
 def _own_int4(layer: QuantizedLinear, x: Tensor) -> Tensor:
-    return kernels.linear_int4(x, layer.packed, layer.scale_shift, layer.bias)
+    return layer.prepared(x)
 
 
 def _torch_int4(layer: QuantizedLinear, x: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def make_requests(
         prompt = _checked_prompt(prompt, row_id, vocab_size, context_length)
         budget = _budget(generation_config, len(prompt), None if max_new_tokens is None else max_new_tokens[row_id])
         if type(budget) is not int or budget < 1:
-            raise ValueError(f"Prompt {row_id} may generate {budget} tokens; every row needs an integer of at least 1.")
+            raise ValueError(f"Prompt {row_id} may generate {budget} tokens; every row needs an int of at least 1.")
         limit = len(prompt) + budget
         if context_length is not None and limit > context_length:
             logger.warning_once(

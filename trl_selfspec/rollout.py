@@ -34,6 +34,7 @@ class Rollout:
     scheduler: Scheduler
     controller: Controller
     prepare_drafter: Callable[[], float]  # makes the drafter current; returns the seconds it took
+    drafter_is_current: bool = False
     on_round: Callable[[Progress], None] | None = None
     stats: RolloutStats = field(default_factory=RolloutStats)
 
@@ -45,7 +46,7 @@ class Rollout:
 
     def run(self) -> None:
         start = time.perf_counter()
-        self.controller.begin_rollout()
+        self.controller.begin_rollout(self.drafter_is_current)
         self._admit()
         while self.scheduler.active:
             gamma = self.controller.choose(self.scheduler.num_active)

@@ -138,6 +138,9 @@ class RoundRunner:
     clock: Clock
     prefill_kwargs: dict[str, int] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._eos = torch.tensor(self.law.eos_token_ids, dtype=torch.int64, device=self.state.tokens.device)
+
     def prefill(self, rows: Tensor, lengths: Tensor, width: int) -> None:
         """Writes the keys and values of each row's first `lengths` tokens; logits are not needed."""
         positions = torch.arange(width, device=rows.device).expand(len(rows), width)
@@ -195,7 +198,7 @@ class RoundRunner:
         num_rows, width = tokens.shape
         lengths, limits = state.lengths[:num_rows], state.limits[:num_rows]
         offsets = torch.arange(width, device=tokens.device)
-        stops = torch.isin(tokens, self._eos(tokens.device)) & (offsets <= verdict.num_accepted[:, None])
+        stops = torch.isin(tokens, self._eos) & (offsets <= verdict.num_accepted[:, None])
         stopped = stops.any(1)
         emitted = torch.where(stopped, stops.int().argmax(1), verdict.num_accepted) + 1
         emitted = torch.minimum(emitted, limits - lengths)
@@ -224,9 +227,6 @@ class RoundRunner:
         if self.law.is_full_softmax:
             return logprobs, logprobs
         return logprobs, _token_logprobs(logits.float() / self.law.temperature, tokens)
-
-    def _eos(self, device: torch.device) -> Tensor:
-        return torch.tensor(self.law.eos_token_ids, dtype=torch.int64, device=device)
 
 
 def _token_logprobs(scores: Tensor, tokens: Tensor) -> Tensor:

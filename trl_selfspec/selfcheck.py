@@ -16,6 +16,7 @@ from trl_selfspec.mirror import Mirror, UnsupportedModelError
 
 PROMPT_LENGTHS = (5, 11)
 STEPS, STEP_TOKENS = 3, 3
+WINDOW = 7  # below the longer prompt: some architectures apply theirs in a mask, which the engine does not build
 # Largest error at any position, relative to the logits' spread. Sound architectures give 1e-6 to 1e-5 in fp32, broken
 # ones 0.1 to 10.
 FP32_TOLERANCE = 1e-3
@@ -38,11 +39,11 @@ def self_check(mirror: Mirror, context: contextlib.AbstractContextManager) -> No
     tokens = torch.randint(weight.shape[0], (len(PROMPT_LENGTHS), total), generator=generator).to(weight.device)
     try:
         with context:
-            reference = mirror.reference()
+            checked, reference = mirror.shortsighted(WINDOW)
             expected = torch.stack([reference(input_ids=row[None], use_cache=False).logits[0].float() for row in tokens])
             if not expected.isfinite().all():
                 raise ValueError(f"{name} gives logits that are not finite; check its weights before generating.")
-            errors = _ragged_errors(mirror.model, mirror.num_layers, tokens, expected)
+            errors = _ragged_errors(checked, mirror.num_layers, tokens, expected)
     except (RuntimeError, TypeError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
         raise UnsupportedModelError(f"{name} does not run on the engine's cache and attention: {error}") from error
     fp32 = mirror.autocast_dtype is None and weight.dtype == torch.float32

@@ -5,13 +5,13 @@ stay TRL's. `tests/test_trl_seams.py` checks the signatures this file relies on 
 """
 
 import inspect
-import json
 import math
 import os
 import time
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
@@ -19,10 +19,11 @@ from trl.extras.profiling import profiling_context
 from trl.trainer.utils import get_config_model_id
 
 from trl_selfspec.adapters import base_model
+from trl_selfspec.checkpointing import STATE_FILE, read_state, write_state
 from trl_selfspec.config import SelfSpecConfigMixin, SelfSpecGRPOConfig
 from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.following import PolicyFollower
 from trl_selfspec.law import effective_generation_config, unsupported_parameters
-from trl_selfspec.mirror import UnsupportedModelError
 from trl_selfspec.model_card import complete_model_card
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.reporting import RolloutBar, Tally
@@ -30,8 +31,6 @@ from trl_selfspec.stats import RolloutStats
 
 
 logger = logging.get_logger(__name__)
-
-STATE_FILE = "selfspec_state.json"
 
 # The mixin always stands in front of a TRL trainer; type checkers see the attributes of one.
 _Trainer = GRPOTrainer if TYPE_CHECKING else object
@@ -56,7 +55,7 @@ class SelfSpecMixin(_Trainer):
     accelerator: Any
 
     # Defaults on the class, for trainers that are put together without `__init__`: they keep TRL's own path.
-    _selfspec_options: SelfSpecOptions | None = None  # None: TRL generates
+    _follower: PolicyFollower | None = None  # None: TRL generates
     _tallies: dict[str, Tally] | None = None  # counters of all ranks since the last log, per mode
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -65,17 +64,13 @@ class SelfSpecMixin(_Trainer):
         options = self.args.options() if has_options else SelfSpecOptions()
         switched_off = has_options and not self.args.use_selfspec
         if not (switched_off or self.use_vllm or self.use_transformers_continuous_batching):
-            self._selfspec_options = options
-        self._engine: SelfSpecEngine | None = None
-        self._engine_state: dict[str, Any] | None = None  # of a checkpoint, for an engine that is yet to be built
-        self._unsupported_model: str | None = None
-        self._weights_seen: tuple[int, int] | None = None
-        self._drafter_interval = 0  # the last one in which the drafter was quantized
+            self._follower = PolicyFollower(options)
         self._warned: set[str] = set()
         self._tallies = {"train": Tally(), "eval": Tally()}
         self._rollout = Tally()  # this generation on this rank
         self._run = Tally()  # the whole training run on all ranks
         self._rollout_is_scored = False
+        self._generating = False
 
     # Where tokens come from
 
@@ -83,9 +78,12 @@ class SelfSpecMixin(_Trainer):
         if self._tallies is None:
             return super()._generate(prompts)
         self._rollout, self._rollout_is_scored = Tally(generations=1), False
-        if self._selfspec_options is not None and self._static_fallback_reason() is None:
-            self._prepare_engine(self._selfspec_options)
-        output = super()._generate(prompts)
+        self._prepare_engine()
+        self._generating = True
+        try:
+            output = super()._generate(prompts)
+        finally:
+            self._generating = False
         gathered = self._rollout.gather(self.accelerator)
         self._tallies[self._mode] += gathered
         if self.model.training:
@@ -99,7 +97,7 @@ class SelfSpecMixin(_Trainer):
         if self._tallies is None:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
         reason = None
-        if self._selfspec_options is not None:
+        if self._follower is not None:
             reason = self._static_fallback_reason() or self._input_fallback_reason(images, multimodal_fields)
             if reason is None:
                 return self._pack_rollout(*self._engine_rollout(prompt_ids))
@@ -123,6 +121,9 @@ class SelfSpecMixin(_Trainer):
         """
         Generates one completion for each prompt, as a training rollout would: for use inside a `rollout_func`.
 
+        With several processes, each may call it any number of times inside of a rollout; elsewhere all have to call it
+        together, since they bring their engines up to date together.
+
         Args:
             prompt_ids (`list[list[int]]`):
                 Token ids of the prompts, without padding.
@@ -130,10 +131,8 @@ class SelfSpecMixin(_Trainer):
         Returns:
             `list[list[int]]`: the completions in the order of the prompts, each with its EOS token if it has one.
         """
-        # Several processes may come here a different number of times, so that only `_generate` may synchronise them.
-        alone = self._engine is None or self.accelerator.num_processes == 1
-        if alone and self._selfspec_options is not None and self._static_fallback_reason() is None:
-            self._prepare_engine(self._selfspec_options)
+        if not self._generating:
+            self._prepare_engine()
         parameters = inspect.signature(super()._generate_single_turn).parameters
         tail = {"num_generations": 1} if "num_generations" in parameters else {}
         result = self._generate_single_turn(prompt_ids, None, {}, **tail)
@@ -145,19 +144,34 @@ class SelfSpecMixin(_Trainer):
         return completion_ids, logprobs
 
     def _engine_rollout(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
-        assert self._engine is not None, "`_generate` or `generate_ids` builds the engine"
+        engine = self._engine
+        assert engine is not None, "`_generate` or `generate_ids` builds the engine"
         # From the global generator, like TRL's own sampling: ranks differ, and a resumed run repeats.
         seed = int(torch.randint(2**63 - 1, ()).item())
         show = not self.args.disable_tqdm and self.accelerator.is_local_main_process
         try:
             with profiling_context(self, "selfspec.generate"), RolloutBar(len(prompt_ids), show) as bar:
-                output = self._engine.generate(prompt_ids, self.generation_config, seed=seed, on_round=bar.on_round)
+                output = engine.generate(prompt_ids, self.generation_config, seed=seed, on_round=bar.on_round)
         finally:
-            self._engine.release()
+            engine.release()
         self._rollout.add_turn(output.stats)
         return output.completion_ids, output.policy_logprobs
 
-    # When the engine is not used
+    # The engine, and when it is not used
+
+    @property
+    def _engine(self) -> SelfSpecEngine | None:
+        return None if self._follower is None else self._follower.engine
+
+    def _prepare_engine(self) -> None:
+        """Builds the engine or brings it up to date with the policy. Collective."""
+        if self._follower is not None and self._static_fallback_reason() is None:
+            self._follower.follow(self._policy, self.state.global_step, self.accelerator)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self._follower is not None:
+            self._follower.weights_changed()
 
     @property
     def _policy(self) -> Any:
@@ -169,16 +183,27 @@ class SelfSpecMixin(_Trainer):
 
     def _static_fallback_reason(self) -> str | None:
         """Why no rollout of this run can use the engine; the same on every rank."""
-        if self._unsupported_model is not None:
-            return self._unsupported_model
-        if self.is_fsdp_enabled or self._dist.is_zero3:
-            return "the policy's weights are sharded (FSDP or ZeRO-3)"
+        if self._follower is not None and self._follower.unsupported is not None:
+            return self._follower.unsupported
+        if reason := self._sharding_fallback_reason():
+            return reason
         peft_configs = getattr(self._policy, "peft_config", {})
         if any(config.is_prompt_learning for config in peft_configs.values()):
             return "prompt-learning PEFT methods have no weights that a mirror of the policy could merge"
         config = effective_generation_config(self._base_model, self.generation_config)
         if names := unsupported_parameters(config):
             return "the engine can't honour " + ", ".join(f"`{name}={getattr(config, name)!r}`" for name in names)
+        return None
+
+    def _sharding_fallback_reason(self) -> str | None:
+        if self._dist.is_fsdp:
+            if self._dist.fsdp_version != 2:
+                return "the policy is sharded by FSDP 1, whose weights can't be gathered alone; use `fsdp_version: 2`"
+            if isinstance(self.accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
+                return "FSDP keeps the policy's weights off the device (`fsdp_offload_params`)"
+        if (self._dist.is_fsdp or self._dist.is_zero3) and self._is_vlm:
+            # TRL's generation is collective here: a process whose prompts hold images would wait for the others.
+            return "the policy is sharded and multimodal"
         return None
 
     def _input_fallback_reason(self, images: Any, multimodal_fields: dict[str, Any]) -> str | None:
@@ -194,32 +219,6 @@ class SelfSpecMixin(_Trainer):
             self._warned.add(message)
             logger.warning(message)
 
-    # The engine follows the policy
-
-    def _prepare_engine(self, options: SelfSpecOptions) -> None:
-        """Builds the engine, or brings its weights up to date if they changed. Collective."""
-        weights = (self.state.global_step, sum(parameter._version for parameter in self._policy.parameters()))
-        interval = self.state.global_step // options.refresh_interval
-        if self._engine is None:
-            try:
-                self._engine = SelfSpecEngine(self._policy, options, self._autocast_dtype)
-            except UnsupportedModelError as error:
-                self._unsupported_model = str(error)
-                return
-            if self._engine_state is not None:
-                self._engine.load_state_dict(self._engine_state)
-        else:
-            # Not only steps change weights (`load_best_model_at_end`, a script). One rank that saw it is enough.
-            changed = torch.tensor(float(weights != self._weights_seen), device=self.accelerator.device)
-            if self.accelerator.reduce(changed, reduction="sum").item():
-                self._engine.refresh(draft=interval != self._drafter_interval)
-        self._weights_seen, self._drafter_interval = weights, interval
-
-    @property
-    def _autocast_dtype(self) -> torch.dtype | None:
-        """The dtype in which accelerate runs the policy's forward, which defines the law that samples follow."""
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
-
     # What is reported
 
     @property
@@ -234,7 +233,7 @@ class SelfSpecMixin(_Trainer):
             if step_times := self._metrics[mode].get("step_time"):
                 rollout_s = tally.stats.rollout_s / self.accelerator.num_processes
                 metrics["selfspec/rollout_step_fraction"] = rollout_s / sum(step_times)
-            if self._selfspec_options is not None:
+            if self._follower is not None:
                 metrics["selfspec/fallback"] = tally.fallbacks / tally.turns
             for name, value in metrics.items():
                 self._metrics[mode][name] = [value]
@@ -247,12 +246,13 @@ class SelfSpecMixin(_Trainer):
         tags: str | list[str] | None = None,
     ) -> None:
         super().create_model_card(model_name, dataset_name, tags)
-        if self.is_world_process_zero() and self._selfspec_options is not None:
+        if self.is_world_process_zero() and self._follower is not None:
+            options, engine = self._follower.options, self._follower.engine
             complete_model_card(
                 os.path.join(self.args.output_dir, "README.md"),
                 trainer_name=type(self).__name__,
-                options=self._selfspec_options,
-                draft_qtype=self._selfspec_options.draft_qtype if self._engine is None else self._engine.draft_qtype,
+                options=options,
+                draft_qtype=options.draft_qtype if engine is None else engine.draft_qtype,
                 run=self._run,
                 base_model_path=get_config_model_id(self._base_model.config),
             )
@@ -269,24 +269,20 @@ class SelfSpecMixin(_Trainer):
         self._save_engine_state(self.args.output_dir)
 
     def _save_engine_state(self, folder: str) -> None:
-        state = self._engine_state if self._engine is None else self._engine.state_dict()
+        state = None if self._follower is None else self._follower.state_dict()
         if state is not None and self.args.should_save:
-            with open(os.path.join(folder, STATE_FILE), "w") as file:
-                json.dump({"engine": state, "run": self._run.to_vector()}, file)
+            write_state(folder, state, self._run)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self._selfspec_options is None:
+        if checkpoint is None or self._follower is None:
             return
-        path = os.path.join(checkpoint, STATE_FILE)
-        if not os.path.exists(path):
+        state = read_state(checkpoint)
+        if state is None:
             self._warn_once(f"{checkpoint} has no {STATE_FILE}: costs and acceptance are measured afresh.")
             return
-        with open(path) as file:
-            state = json.load(file)
-        self._engine_state, self._run = state["engine"], Tally.from_vector(state["run"])
-        if self._engine is not None:
-            self._engine.load_state_dict(state["engine"])
+        engine_state, self._run = state
+        self._follower.load_state_dict(engine_state)
 
 
 class SelfSpecGRPOTrainer(SelfSpecMixin, GRPOTrainer):
@@ -328,7 +324,7 @@ class SelfSpecGRPOTrainer(SelfSpecMixin, GRPOTrainer):
         generate_every = self.args.steps_per_generation * self.num_iterations
         # Until the first optimizer step after a generation the loss sees the weights that the engine sampled from.
         fresh = not self.model.training or self._step % generate_every == 0
-        if fresh and self._selfspec_options is not None:
+        if fresh and self._follower is not None:
             self._log_logp_difference(logps, inputs)
         return loss
 

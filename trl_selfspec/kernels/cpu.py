@@ -1,43 +1,84 @@
-"""Compiles `cpu.c` on first use and wraps its functions; inference only.
+"""The linear layers of `linear.c`; inference only.
 
-The library is built with the system C compiler into the user's cache directory, under a name that depends on
-source, flags and CPU, and moved into place atomically. It is linked without an OpenMP runtime: the symbols
-resolve to the one torch has loaded, so there is a single thread pool. No compiler, or no AVX2: `available()`
-is False after one warning, and callers use torch.
+A decode step calls them dozens of times, so what does not change from call to call is checked and packed once, in
+`PreparedLinear`. Addresses are read at every call: tensors may be re-pointed, not replaced.
 """
 
-import ctypes
-import functools
-import hashlib
-import logging
-import os
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
+import struct
 
 import torch
 from torch import Tensor
 
+from trl_selfspec.kernels.build import functions
 
-logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("cpu.c")
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno")
-COMPILE_TIMEOUT_S = 120
 GROUP_SIZES = (32, 64, 96, 128)
-_DTYPES = {torch.bfloat16: 0, torch.float32: 1}
-
-_SIZE, _POINTER, _INT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
-_SIGNATURES = {
-    "linear_bf16": (_INT, *[_SIZE] * 3, _POINTER, _POINTER, _POINTER, _INT, _POINTER),
-    "linear_int4": (_INT, *[_SIZE] * 4, _POINTER, _INT, _POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER),
-}
+DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 
 
-def available() -> bool:
-    """Whether the kernels can be used here. Compiles them on the first call, which takes seconds."""
-    return _library() is not None
+class PreparedLinear:
+    """x W^T + bias; an output element does not depend on the other rows.
+
+    With `scale_shift` the weights are int4 codes and activations are rounded to int8 per (row, group); without, the
+    weights are bf16. Sums are exact or fp32.
+
+    Args:
+        weight: bf16 `(N, K)`, read in place; or uint8 `(N, groups * group_size / 2)`, see `int4.pack`.
+        scale_shift: `(N, groups, 2)` bf16 or fp32: weight = scale * code - shift.
+        bias: `(N,)` bf16 or fp32.
+        in_features: K of int4 weights.
+        dtype: of int4 inputs and outputs.
+    """
+
+    __slots__ = ("bias", "bias_ptr", "dtype", "k", "n", "scale_shift", "spec", "weight", "weight_ptr")
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale_shift: Tensor | None = None,
+        bias: Tensor | None = None,
+        in_features: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.weight, self.scale_shift, self.bias, self.dtype = weight, scale_shift, bias, dtype
+        group_size = scale_code = 0
+        if scale_shift is None:
+            assert weight.dtype == dtype == torch.bfloat16
+            self.n, self.k = weight.shape
+        else:
+            self.n, groups, _ = scale_shift.shape
+            group_size, self.k = weight.shape[1] * 2 // groups, in_features or 0
+            assert weight.dtype == torch.uint8 and len(weight) == self.n and scale_shift.is_contiguous()
+            assert group_size in GROUP_SIZES and (groups - 1) * group_size < self.k <= groups * group_size
+            scale_code = DTYPES[scale_shift.dtype]
+        bias_code = 0 if bias is None else DTYPES[bias.dtype]
+        self.spec = struct.pack("6q", self.n, self.k, group_size, DTYPES[dtype], scale_code, bias_code)
+        self._follow_addresses()
+
+    def _follow_addresses(self) -> None:
+        """Checks the tensors that may be re-pointed, wherever they are now."""
+        assert self.weight.is_cpu and self.weight.is_contiguous() and self.weight.shape[0] == self.n
+        assert self.bias is None or (self.bias.is_cpu and self.bias.is_contiguous() and self.bias.shape == (self.n,))
+        self.weight_ptr = self.weight.data_ptr()
+        self.bias_ptr = None if self.bias is None else self.bias.data_ptr()
+
+    def __call__(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N), both `dtype`
+        weight, bias, scale_shift, dtype = self.weight, self.bias, self.scale_shift, self.dtype
+        if (x.requires_grad or weight.requires_grad) and torch.is_grad_enabled():
+            raise AssertionError("the kernels have no backward: use torch.no_grad()")
+        if weight.data_ptr() != self.weight_ptr or (bias is not None and bias.data_ptr() != self.bias_ptr):
+            self._follow_addresses()
+        *leading, k = x.shape
+        assert k == self.k and x.dtype is dtype and x.is_cpu
+        if not x.is_contiguous():
+            x = x.contiguous()
+        y = torch.empty((*leading, self.n), dtype=dtype)
+        if m := x.numel() // k:
+            functions().linear(
+                self.spec, torch.get_num_threads(), m, x.data_ptr(), self.weight_ptr,
+                None if scale_shift is None else scale_shift.data_ptr(), self.bias_ptr, y.data_ptr(),
+            )  # fmt: skip
+        return y
 
 
 def linear_bf16(
@@ -45,15 +86,8 @@ def linear_bf16(
     weight: Tensor,  # (N, K) bf16, contiguous; read in place
     bias: Tensor | None = None,  # (N,) bf16 or fp32
 ) -> Tensor:  # (..., N) bf16
-    """x W^T + bias with fp32 accumulation; an output element does not depend on the other rows."""
-    assert x.dtype == weight.dtype == torch.bfloat16 and weight.is_contiguous()
-    _check_inference(x, weight, bias)
-    (n, k), x = weight.shape, x.contiguous()
-    y = x.new_empty(*x.shape[:-1], n)
-    if y.numel():
-        m, threads = x.numel() // k, torch.get_num_threads()
-        _functions().linear_bf16(threads, m, n, k, x.data_ptr(), weight.data_ptr(), *_bias(bias, n), y.data_ptr())
-    return y
+    """A `PreparedLinear` for one call."""
+    return PreparedLinear(weight, bias=bias)(x)
 
 
 def linear_int4(
@@ -62,91 +96,5 @@ def linear_int4(
     scale_shift: Tensor,  # (N, groups, 2) bf16 or fp32: weight = scale * code - shift
     bias: Tensor | None = None,  # (N,) bf16 or fp32
 ) -> Tensor:  # (..., N), dtype of x
-    """W4A8: activations are rounded to int8 per (row, group); an output element does not depend on the other rows."""
-    _check_inference(x, packed, bias)
-    n, groups, _ = scale_shift.shape
-    group_size = packed.shape[1] * 2 // groups
-    k = x.shape[-1]
-    assert group_size in GROUP_SIZES and (groups - 1) * group_size < k <= groups * group_size
-    assert packed.is_contiguous() and scale_shift.is_contiguous() and len(packed) == n
-    x = x.contiguous()
-    y = x.new_empty(*x.shape[:-1], n)
-    if y.numel():
-        weights = packed.data_ptr(), scale_shift.data_ptr(), _DTYPES[scale_shift.dtype]
-        m, threads = x.numel() // k, torch.get_num_threads()
-        _functions().linear_int4(
-            threads, m, n, k, group_size, x.data_ptr(), _DTYPES[x.dtype], *weights, *_bias(bias, n), y.data_ptr()
-        )
-    return y
-
-
-def _functions() -> ctypes.CDLL:
-    library = _library()
-    assert library is not None, "check available() first"
-    return library
-
-
-def _check_inference(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if torch.is_grad_enabled():
-        assert not (x.requires_grad or weight.requires_grad), "the kernels have no backward: use torch.no_grad()"
-    assert x.device.type == weight.device.type == "cpu"
-
-
-def _bias(bias: Tensor | None, n: int) -> tuple[int | None, int]:
-    if bias is None:
-        return None, 0
-    assert bias.shape == (n,) and bias.is_contiguous()
-    return bias.data_ptr(), _DTYPES[bias.dtype]
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    try:
-        if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-            raise OSError("the CPU has no AVX2")
-        library = ctypes.CDLL(str(_build()))
-        for name, signature in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = signature, None
-        return library
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.warning("trl_selfspec: no CPU kernels, rollouts use torch's slower ones: %s", _reason(error))
-        return None
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "stderr", None) or str(error)
-
-
-def _build() -> Path:
-    """Path of the compiled library, built if this source, compiler and CPU have none yet."""
-    compiler = shutil.which(os.environ.get("CC") or "cc")
-    if compiler is None:
-        raise OSError("no C compiler (cc) on the PATH")
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, FLAGS, _cpu_name())).encode()).hexdigest()[:16]
-    directory = _cache_directory()
-    target = directory / f"cpu-{key}.so"
-    if not target.exists():
-        with tempfile.TemporaryDirectory(dir=directory) as scratch:
-            unit, library = f"{scratch}/cpu.o", f"{scratch}/cpu.so"
-            _run(compiler, *FLAGS, "-c", str(SOURCE), "-o", unit)
-            _run(compiler, "-shared", unit, "-o", library, "-lm")  # no -fopenmp: torch's runtime is to be used
-            os.replace(library, target)
-    return target
-
-
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
-
-
-def _cpu_name() -> str:
-    """What `-march=native` depends on; home directories are shared by machines that differ."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
-
-
-def _cache_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    directory = Path(base) / "trl_selfspec"
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return directory
+    """A `PreparedLinear` for one call."""
+    return PreparedLinear(packed, scale_shift, bias, x.shape[-1], x.dtype)(x)

@@ -1,12 +1,13 @@
 """Chooses between torch's bf16 linear and our own."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trl_selfspec.kernels import cpu
+from trl_selfspec.kernels import build, cpu
 
 
 @functools.cache
@@ -25,7 +26,22 @@ def linear_bf16(
     Without native bf16, torch's time grows in proportion to the rows (measured, docs/LOG.md 2026-11-21), which
     takes away what verifying several tokens at once should gain.
     """
+    return cpu.linear_bf16(x, weight, bias) if _is_ours(x, weight) else F.linear(x, weight, bias)
+
+
+def prepare_linear(
+    weight: Tensor,  # (N, K)
+    bias: Tensor | None = None,  # (N,)
+) -> Callable[[Tensor], Tensor]:
+    """`linear_bf16` with its checks and its choice made once, for inputs of the weight's dtype.
+
+    The tensors may be re-pointed (`parameter.data = ...`), not replaced.
+    """
+    if _is_ours(weight, weight):
+        return cpu.PreparedLinear(weight, bias=bias)
+    return lambda x: F.linear(x, weight, bias)
+
+
+def _is_ours(x: Tensor, weight: Tensor) -> bool:
     bf16_on_cpu = x.dtype == weight.dtype == torch.bfloat16 and x.device.type == "cpu"
-    if bf16_on_cpu and not torch_has_native_bf16() and cpu.available():
-        return cpu.linear_bf16(x, weight, bias)
-    return F.linear(x, weight, bias)
+    return bf16_on_cpu and not torch_has_native_bf16() and build.available()

@@ -1,0 +1,320 @@
+"""The paged cache against a list of lists, and the attention function against plain masked softmax."""
+
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import Phase, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from trl_selfspec.attention import bind_cache, selfspec_attention
+from trl_selfspec.cache import TRASH_PAGE, PagedCache
+from trl_selfspec.kernels import build
+
+
+ROWS, CAPACITY, LAYERS, HEADS, HEAD_DIM = 4, 13, 2, 2, 3
+TOLERANCE = 1e-5  # fp32 rounding of sums in another order; one key too many or too few is 1e-2 or more
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Random operations of a rollout; row r must always read back what was written for it.
+
+    A row of the model is the list of values written to its slots. Every write is a new number.
+    """
+
+    page_size: int | None = None
+
+    @initialize()
+    def make(self) -> None:
+        self.cache = self.make_cache()
+        self.model: list[list[float] | None] = [None] * ROWS
+        self.written = 0.0
+
+    def make_cache(self) -> PagedCache:
+        return PagedCache(LAYERS, ROWS, CAPACITY, self.page_size)
+
+    def write(self, rows: list[int], starts: list[int], width: int, kept: list[int]) -> None:
+        """A forward of `width` positions per row of which row i keeps the first `kept[i]`; the rest is overwritten."""
+        for row, start in zip(rows, starts, strict=True):
+            self.cache.reserve(row, start + width)
+        positions = torch.tensor(starts)[:, None] + torch.arange(width)
+        values = self.written + 1 + torch.arange(len(rows) * width, dtype=torch.float32).view(len(rows), width)
+        self.written = float(values.max())
+        self.cache.begin(positions, max(starts) + width, rows=torch.tensor(rows))
+        self.update(values)
+        for i, row in enumerate(rows):
+            self.model[row] = (self.model[row] or [])[: starts[i]] + values[i, : kept[i]].tolist()
+
+    def update(self, values: Tensor) -> None:
+        states = values[:, None, :, None].expand(-1, HEADS, -1, HEAD_DIM)
+        for index, layer in enumerate(self.cache.layers):
+            keys, _ = layer.update(states + 10_000 * index, -states - 10_000 * index)
+            assert keys.shape == states.shape
+
+    def rows_where(self, empty: bool) -> list[int]:
+        return [row for row in range(ROWS) if (self.model[row] is None) is empty]
+
+    @rule(data=st.data(), length=st.integers(1, 8))
+    @precondition(lambda self: self.rows_where(empty=True))
+    def prefill(self, data: st.DataObject, length: int) -> None:
+        row = data.draw(st.sampled_from(self.rows_where(empty=True)))
+        padding = data.draw(st.integers(0, 3))
+        self.cache.reserve(row, length)
+        positions = torch.arange(length + padding)[None]
+        values = self.written + 1 + torch.arange(length + padding, dtype=torch.float32)[None]
+        self.written = float(values.max())
+        self.cache.begin(positions, length + padding, torch.tensor([row]), torch.tensor([length]), fresh=True)
+        self.update(values)
+        self.model[row] = values[0, :length].tolist()
+
+    @rule(data=st.data(), width=st.integers(1, 4))
+    @precondition(lambda self: self.rows_where(empty=False))
+    def speculate(self, data: st.DataObject, width: int) -> None:
+        rows = [row for row in self.rows_where(empty=False) if len(self.model[row] or []) + width <= CAPACITY]
+        if rows:
+            kept = [data.draw(st.integers(1, width)) for _ in rows]
+            self.write(rows, [len(self.model[row] or []) for row in rows], width, kept)
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.rows_where(empty=False) and self.rows_where(empty=True))
+    def share(self, data: st.DataObject) -> None:
+        source = data.draw(st.sampled_from(self.rows_where(empty=False)))
+        targets = data.draw(st.lists(st.sampled_from(self.rows_where(empty=True)), min_size=1, unique=True))
+        prefix = (self.model[source] or [])[: data.draw(st.integers(0, len(self.model[source] or [])))]
+        self.cache.share_prefix(source, targets, len(prefix))
+        for row in targets:
+            self.model[row] = list(prefix)
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.rows_where(empty=False) and self.rows_where(empty=True))
+    def move(self, data: st.DataObject) -> None:
+        source = data.draw(st.sampled_from(self.rows_where(empty=False)))
+        target = data.draw(st.sampled_from(self.rows_where(empty=True)))
+        self.cache.move(source, target, len(self.model[source] or []))
+        self.model[target], self.model[source] = self.model[source], None
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.rows_where(empty=False))
+    def release(self, data: st.DataObject) -> None:
+        row = data.draw(st.sampled_from(self.rows_where(empty=False)))
+        self.cache.release(row)
+        self.model[row] = None
+
+    @rule()
+    def reset(self) -> None:
+        self.cache.reset()
+        self.model = [None] * ROWS
+
+    @invariant()
+    def rows_read_back_what_was_written(self) -> None:
+        for row, expected in enumerate(self.model):
+            if not expected or not self.cache.layers[0].is_initialized:
+                continue
+            self.cache.begin(torch.tensor([[len(expected) - 1]]), len(expected), rows=torch.tensor([row]))
+            for index in range(LAYERS):
+                keys, values = self.cache.keys_and_values(index)
+                assert (keys[0, :, 0, 0] - 10_000 * index).tolist() == expected
+                assert torch.equal(values, -keys)
+
+    @invariant()
+    def pages_are_neither_lost_nor_owned_twice(self) -> None:
+        cache = self.cache
+        if cache.dense:
+            return
+        owned = [page for pages in cache._pages for page in pages]
+        assert sorted([TRASH_PAGE, *set(owned), *cache._free]) == list(range(cache.num_pages))
+        assert all(cache._owners[page] == owned.count(page) for page in set(owned))
+
+
+class PagesOfFour(CacheMachine):
+    page_size = 4
+
+
+class PagesOfOne(CacheMachine):
+    page_size = 1
+
+
+class ForgetsOwners(PagedCache):
+    def release(self, row: int) -> None:
+        self._owners = [min(owners, 1) for owners in self._owners]
+        super().release(row)
+
+
+class SharesTheTail(PagedCache):
+    def share_prefix(self, source: int, targets: list[int], num_tokens: int) -> None:  # type: ignore[override]
+        rounded = min(-(-num_tokens // self.page_size), len(self._pages[source])) * self.page_size
+        super().share_prefix(source, targets, rounded)
+
+
+class MovesOneSlotTooFew(PagedCache):
+    def move(self, source: int, target: int, num_tokens: int) -> None:
+        super().move(source, target, num_tokens - 1)
+
+
+stateful = settings(max_examples=100, stateful_step_count=25, deadline=None, derandomize=True)
+for machine in (CacheMachine, PagesOfFour, PagesOfOne):
+    machine.TestCase.settings = stateful  # type: ignore[attr-defined]
+TestDenseRows = CacheMachine.TestCase
+TestPagesOfFour = PagesOfFour.TestCase
+TestPagesOfOne = PagesOfOne.TestCase
+
+
+@pytest.mark.parametrize(
+    ("broken", "page_size"), [(ForgetsOwners, 4), (SharesTheTail, 4), (MovesOneSlotTooFew, None)], ids=str
+)
+def test_a_broken_cache_is_noticed(broken: type[PagedCache], page_size: int | None) -> None:
+    """Negative controls: random operations find each fault."""
+
+    class Machine(CacheMachine):
+        def make_cache(self) -> PagedCache:
+            return broken(LAYERS, ROWS, CAPACITY, page_size)
+
+    Machine.TestCase.settings = settings(stateful, phases=[Phase.generate], database=None)  # type: ignore[attr-defined]
+    with pytest.raises((AssertionError, IndexError)):
+        Machine.TestCase("runTest").runTest()
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_idx = 0
+
+
+def masked_softmax(
+    query: Tensor,  # (H, T, D) of one row
+    keys: Tensor,  # (K, S, D)
+    values: Tensor,
+    positions: Tensor,  # (T,)
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:  # (T, H, Dv)
+    """The textbook, one query and one head at a time, over the visible keys alone."""
+    num_heads, num_queries, head_dim = query.shape
+    groups = num_heads // len(keys)
+    out = torch.zeros(num_queries, num_heads, values.shape[-1])
+    for head in range(num_heads):
+        for t, position in enumerate(positions.tolist()):
+            first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
+            seen = slice(first, position + 1)
+            scores = keys[head // groups, seen] @ query[head, t] * (scaling or 1 / math.sqrt(head_dim))
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[head, None]])
+            weights = scores.softmax(-1)[: position + 1 - first]
+            out[t, head] = weights @ values[head // groups, seen]
+    return out
+
+
+VARIANTS = {
+    "plain": {},
+    "scaled": {"scaling": 0.3},
+    "window": {"sliding_window": 4},
+    "long window": {"sliding_window": 100},
+    "softcap": {"softcap": 2.0, "scaling": 1.5},
+    "softcap and window": {"softcap": 2.0, "sliding_window": 4},
+    "sinks": {"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+    "sinks and window": {"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0]), "sliding_window": 3},
+}
+
+
+def attend(page_size: int | None, variant: dict, num_kv_heads: int, slack: int = 0) -> tuple[Tensor, Tensor]:
+    """A ragged prefill, then a verify forward: the function's outputs, and the textbook's."""
+    generator = torch.Generator().manual_seed(0)
+    prompts, width, heads, head_dim = torch.tensor([1, 7, 10]), 3, 4, 8
+    total = int(prompts.max()) + width
+    query = 2 * torch.randn(3, heads, total, head_dim, generator=generator)
+    keys, values = (torch.randn(3, num_kv_heads, total, head_dim, generator=generator) for _ in range(2))
+    cache, module = PagedCache(1, 5, total + 2, page_size), Layer()
+    bind_cache(module, cache)
+    for row in (2, 0, 1):  # pages out of order
+        cache.reserve(row, total)
+    arguments = {"s_aux": None, "sliding_window": None, "softcap": None, "scaling": None} | variant
+
+    def run(positions: Tensor) -> Tensor:
+        at = positions[:, None, :, None]
+        picked = [states.gather(2, at.expand(-1, states.shape[1], -1, head_dim)) for states in (query, keys, values)]
+        cache.layers[0].update(*picked[1:])
+        return selfspec_attention(module, *picked, None, **arguments)[0]
+
+    prompt = torch.arange(int(prompts.max())).expand(3, -1)
+    cache.begin(prompt, prompt.shape[1], rows=torch.arange(3), lengths=prompts, fresh=True)
+    first = run(prompt)
+    positions = prompts[:, None] + torch.arange(width)
+    cache.begin(positions, total)
+    cache.positions = cache.positions + slack
+    second = run(positions)
+    ours, textbook = [], []
+    for row, length in enumerate(prompts.tolist()):
+        for output, at in ((first, prompt[row, :length]), (second, positions[row])):
+            ours.append(output[row, : len(at)])
+            rest = [arguments[name] for name in ("scaling", "sliding_window", "softcap", "s_aux")]
+            textbook.append(masked_softmax(query[row][:, at], keys[row], values[row], at, *rest))
+    return torch.cat(ours), torch.cat(textbook)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("where", ["dense, our kernel", "dense", "pages of 1", "pages of 4"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_is_masked_softmax(
+    monkeypatch: pytest.MonkeyPatch, variant: str, where: str, num_kv_heads: int
+) -> None:
+    """Prevents a key too many, a key too few, and heads that read another group's keys."""
+    if where != "dense, our kernel":
+        monkeypatch.setattr(build, "_library", lambda: None)
+    elif not build.available():
+        pytest.skip("needs a C compiler and AVX2")
+    page_size = {"pages of 1": 1, "pages of 4": 4}.get(where)
+    ours, textbook = attend(page_size, VARIANTS[variant], num_kv_heads)
+    torch.testing.assert_close(ours, textbook, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pages_change_nothing(variant: str) -> None:
+    """Prevents a gather that reorders or rounds."""
+    dense, paged = (attend(page_size, VARIANTS[variant], 2)[0] for page_size in (None, 4))
+    torch.testing.assert_close(dense, paged, rtol=0, atol=1e-6)
+
+
+def test_one_key_too_many_is_noticed() -> None:
+    """Negative control for the tolerance."""
+    ours, textbook = attend(None, {}, 2, slack=1)
+    assert (ours - textbook).abs().max() > 1000 * TOLERANCE
+
+
+def test_what_is_not_written_cannot_poison() -> None:
+    """Prevents NaN from memory that was never written: 0 x NaN is NaN."""
+    cache = PagedCache(1, 2, 8, page_size=None)
+    cache.begin(torch.zeros(2, 1, dtype=torch.int64), 8)
+    cache.layers[0].update(torch.ones(2, 1, 1, 4), torch.ones(2, 1, 1, 4))
+    assert all(states.isfinite().all() for states in cache.keys_and_values(0))
+
+
+def test_padding_is_written_to_the_spare_page() -> None:
+    """Prevents the padding of a short prompt from overwriting keys of its own row."""
+    cache = PagedCache(1, 2, 8, page_size=4)
+    for row in range(2):
+        cache.reserve(row, 5)
+    lengths = torch.tensor([2, 5])
+    cache.begin(torch.arange(5).expand(2, -1), 5, torch.arange(2), lengths, fresh=True)
+    states = torch.arange(1.0, 11).view(2, 1, 5, 1)
+    cache.layers[0].update(states, states)
+    cache.begin(torch.tensor([[1], [4]]), 5)
+    keys, _ = cache.keys_and_values(0)
+    assert keys[0, :, 0, 0].tolist() == [1, 2, 0, 0, 0]
+    assert keys[1, :, 0, 0].tolist() == pad(states[1, 0, :, 0], (0, 0)).tolist()
+
+
+def test_bytes_are_counted() -> None:
+    """Prevents a memory report that leaves out values or layers."""
+    cache = PagedCache(2, 3, 8, page_size=4, dtype=torch.bfloat16)
+    assert cache.nbytes == 0
+    cache.begin(torch.zeros(3, 1, dtype=torch.int64), 1)
+    for layer in cache.layers:
+        layer.update(torch.ones(3, 2, 1, 4), torch.ones(3, 2, 1, 4))
+    assert cache.nbytes == 2 * 2 * cache.num_pages * 4 * (2 * 4) * 2

@@ -1,0 +1,133 @@
+"""RMSNorm and gated activations in one call each, put in place of modules that are shown to compute the same."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from trl_selfspec.kernels.build import available, functions
+from trl_selfspec.kernels.cpu import DTYPES
+
+
+LANES = 8
+PROBE_ROWS = 16
+# Sums in another order move few results across a bf16 rounding boundary; other orders of rounding, as in OLMo's norm,
+# move tens of percent.
+MAX_SHARE_OF_OTHER_ROUNDINGS = 1e-2
+
+
+def rms_norm(
+    x: Tensor,  # (..., D) bf16 or fp32
+    weight: Tensor,  # (D,) bf16 or fp32, contiguous
+    eps: float,
+) -> Tensor:  # (..., D), the dtype to which those of x and weight promote
+    """Llama's norm: fp32 statistics, a cast back to x's dtype, then the weight."""
+    x_dtype, weight_dtype, n = x.dtype, weight.dtype, x.shape[-1]
+    if (x.requires_grad or weight.requires_grad) and torch.is_grad_enabled():
+        raise AssertionError("the kernels have no backward: use torch.no_grad()")
+    assert x.is_cpu and weight.is_cpu and weight.numel() == n and n % LANES == 0
+    if not x.is_contiguous():
+        x = x.contiguous()
+    y_dtype = x_dtype if x_dtype is weight_dtype else torch.float32
+    y = torch.empty_like(x, dtype=y_dtype)
+    functions().rms_norm(
+        torch.get_num_threads(), x.numel() // n, n, eps, x.data_ptr(), DTYPES[x_dtype],
+        weight.data_ptr(), DTYPES[weight_dtype], y.data_ptr(), DTYPES[y_dtype],
+    )  # fmt: skip
+    return y
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:  # (..., D)
+    """`F.silu(gate) * up`, rounded twice as torch does; torch's own unless both are bf16 or fp32 on a CPU."""
+    fits = gate.is_cpu and gate.dtype in DTYPES and gate.dtype is up.dtype and gate.shape == up.shape
+    whole = gate.numel() % LANES == 0 and gate.is_contiguous() and up.is_contiguous()
+    if not (fits and whole and available()) or ((gate.requires_grad or up.requires_grad) and torch.is_grad_enabled()):
+        return F.silu(gate) * up
+    y = torch.empty_like(gate)
+    functions().silu_mul(
+        torch.get_num_threads(), gate.numel(), gate.data_ptr(), up.data_ptr(), DTYPES[gate.dtype], y.data_ptr()
+    )
+    return y
+
+
+class FastRMSNorm(nn.Module):
+    """Llama's RMSNorm; `weight` may be re-pointed."""
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = weight, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class FastGatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) around the children of `module`, which keep their names."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        for name, child in module.named_children():
+            self.add_module(name, child)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
+
+
+@torch.no_grad()
+def fast_norm(module: nn.Module) -> FastRMSNorm | None:
+    """A replacement for a module that computes Llama's RMSNorm, which is tried out; `None` for any other."""
+    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not type(module).__name__.endswith("RMSNorm") or len(list(module.parameters())) != 1 or weight is None:
+        return None
+    if not isinstance(eps, float) or not (weight.is_cpu and weight.dtype in DTYPES and weight.dim() == 1):
+        return None
+    if len(weight) % LANES or not available():
+        return None
+    generator = torch.Generator().manual_seed(0)
+    for dtype in DTYPES:
+        x = (4 * torch.randn(PROBE_ROWS, 1, len(weight), generator=generator)).to(dtype)
+        x[0] *= 1e-3  # where eps matters
+        trial = torch.randn(len(weight), generator=generator).to(weight.dtype)
+        expected = functional_call(module, {"weight": trial}, (x,))
+        if not _same(rms_norm(x, trial, eps), expected):
+            return None
+    return FastRMSNorm(weight, eps)
+
+
+@torch.no_grad()
+def fast_gated_mlp(module: nn.Module) -> FastGatedMLP | None:
+    """A replacement for an MLP of transformers' with SiLU, whose forward is tried out; `None` for any other."""
+    names = {name for name, _ in module.named_children()}
+    if names != {"gate_proj", "up_proj", "down_proj", "act_fn"} or module._parameters or module.training:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    trial = copy.copy(module)  # its own forward around layers that show what lies between them
+    for dtype in DTYPES:
+        x = (4 * torch.randn(PROBE_ROWS, 1, 8 * LANES, generator=generator)).to(dtype)
+        gate, up = (_Scale(scale.to(dtype)) for scale in torch.randn(2, x.shape[-1], generator=generator))
+        trial._modules = {**module._modules, "gate_proj": gate, "up_proj": up, "down_proj": nn.Identity()}
+        if not _same(silu_mul(gate(x), up(x)), trial(x)):
+            return None
+    return FastGatedMLP(module)
+
+
+class _Scale(nn.Module):
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def _same(actual: Tensor, expected: Tensor) -> bool:
+    """Equal but for the order of sums."""
+    if actual.dtype != expected.dtype:
+        return False
+    if actual.dtype == torch.float32:
+        return torch.allclose(actual, expected, rtol=1e-5, atol=1e-7)
+    share = (actual != expected).float().mean().item()
+    return share <= MAX_SHARE_OF_OTHER_ROUNDINGS and torch.allclose(actual, expected, rtol=2**-6, atol=1e-7)
