@@ -1,6 +1,6 @@
 """What `make demo` runs: GRPO on the embedded default in three modes, acceptance, and where speculation pays.
 
-    python scripts/demo.py [--output_dir outputs/demo] [--max_steps 24]
+    python scripts/demo.py [--output_dir outputs/demo] [--max_steps 30]
 
 Prints one table and writes demo_results.json. About 10 minutes on 2 cores.
 """
@@ -33,7 +33,7 @@ MODES = {
     "engine, gate in charge": ["--selfspec_num_speculative_tokens", "auto"],
 }
 GATED = "engine, gate in charge"
-WINDOW = 4  # steps that "before" and "after" average over
+WINDOW = 5  # steps that "before" and "after" average over
 DRAFT_LENGTH = 4
 BENCH_ROWS = 1
 
@@ -104,7 +104,7 @@ def explain_gate(policy_dir: Path, state_file: Path, autocast_dtype: torch.dtype
     return engine.controller.explain()
 
 
-def rollout_prompts(policy_dir: Path, seed: int, num_prompts: int = 4, num_generations: int = 8) -> list[list[int]]:
+def rollout_prompts(policy_dir: Path, seed: int, num_prompts: int = 8, num_generations: int = 8) -> list[list[int]]:
     """Prompts of one training step, each repeated as GRPO repeats it."""
     tokenizer = AutoTokenizer.from_pretrained(policy_dir)
     problems = arithmetic.make_dataset(num_prompts, seed=1000 + seed)
@@ -127,8 +127,9 @@ def bench(acceptance: float, log: Path) -> dict[str, Any]:
 
 
 def print_table(console: Console, modes: dict[str, dict[str, Any]]) -> None:
-    columns = ("mode", "reward before", "after", "rollouts, s", "tokens/s", "step, s", "speculative rounds")
+    columns = ("mode", "reward before", "after", "rollouts s", "tokens/s", "step s", "speculative")
     table = Table(*columns, title="GRPO on the embedded default")
+    table.columns[0].no_wrap = True
     for mode, figures in modes.items():
         table.add_row(
             mode,
@@ -145,11 +146,11 @@ def print_table(console: Console, modes: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
-    parser.add_argument("--max_steps", type=int, default=24)
+    parser.add_argument("--max_steps", type=int, default=30)
     args = parser.parse_args()
     output_dir = args.output_dir.resolve()
     output_dir.mkdir(parents=True, exist_ok=True)
-    console, start = Console(), time.monotonic()
+    console, start = Console(width=100), time.monotonic()
 
     if not arithmetic.tiny_policy_dir().exists():
         console.print("Training the policy (once, under 3 minutes) ...")

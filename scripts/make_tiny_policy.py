@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import arithmetic
 
 
-MAX_STEPS, BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS = 900, 16, 2e-3, 30
+MAX_STEPS, BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS = 800, 16, 1e-3, 30
 POOL_SIZE = 16 * BATCH_SIZE  # problems that are sorted into batches of similar length
 BUDGET_S = 150.0  # of training; a slower machine stops here, with its learning rate annealed all the same
 NUM_SAMPLES, MAX_COMPLETION_LENGTH = 256, 320

@@ -1,6 +1,6 @@
 """Runs in each of several processes: training runs whose outcome `test_distributed.py` reads from one file per rank.
 
-    torchrun --nproc_per_node 2 tests/distributed_worker.py ddp|fsdp|zero2|zero3 OUTPUT_DIR
+torchrun --nproc_per_node 2 tests/distributed_worker.py ddp|fsdp|zero2|zero3 OUTPUT_DIR
 """
 
 import hashlib
@@ -97,10 +97,6 @@ def local_size(parameter: torch.Tensor) -> int:
     return parameter.to_local().numel() if isinstance(parameter, DTensor) else parameter.data.numel()
 
 
-def plain_run(folder: Path) -> dict[str, Any]:
-    return run(folder)
-
-
 def stopped_and_resumed(folder: Path) -> dict[str, Any]:
     whole = run(folder / "whole", save_strategy="steps", save_steps=2)
     resumed = run(folder / "resumed", str(folder / "whole" / "checkpoint-2"))
@@ -129,7 +125,7 @@ def outside_a_rollout(folder: Path) -> dict[str, Any]:
     trainer.generate_ids(prompt_ids)
     refreshes: list[bool] = []
     refresh = SelfSpecEngine.refresh
-    SelfSpecEngine.refresh = lambda engine, draft=True: (refreshes.append(draft), refresh(engine, draft))[0]  # type: ignore
+    SelfSpecEngine.refresh = lambda engine, draft=True: (refreshes.append(draft), refresh(engine, draft))[0]  # type: ignore[method-assign,assignment]
     try:
         if rank() == 1:
             with torch.no_grad():
@@ -157,11 +153,11 @@ def unsupported_on_one_rank(folder: Path) -> dict[str, Any]:
 def without_refresh(folder: Path) -> dict[str, Any]:
     """Negative control: an engine that stays at the first weights."""
     refresh, stale = SelfSpecEngine.refresh, Mirror.stale
-    SelfSpecEngine.refresh, Mirror.stale = lambda engine, draft=True: None, False  # type: ignore
+    SelfSpecEngine.refresh, Mirror.stale = lambda engine, draft=True: None, False  # type: ignore[method-assign,assignment]
     try:
         return run(folder, max_steps=2)
     finally:
-        SelfSpecEngine.refresh, Mirror.stale = refresh, stale  # type: ignore
+        SelfSpecEngine.refresh, Mirror.stale = refresh, stale  # type: ignore[method-assign]
 
 
 def with_lora(folder: Path) -> dict[str, Any]:
@@ -177,7 +173,7 @@ def with_evaluation(folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def bf16_law(folder: Path) -> dict[str, Any]:
-    """Largest distance of the mirror's logits from the sharded policy's, with and without FSDP's cast of parameters."""
+    """Largest distance of the mirror's logits from the sharded policy's, with and without FSDP's cast."""
     AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model = make_model()
@@ -208,8 +204,8 @@ def allow_deepspeed_on_cpu(stage: int, folder: Path) -> None:
 SUITES = {
     "ddp": [stopped_and_resumed, uneven_turns, outside_a_rollout, unsupported_on_one_rank, with_evaluation],
     "fsdp": [stopped_and_resumed, with_evaluation, with_lora, without_refresh, unsupported_on_one_rank, bf16_law],
-    "zero2": [plain_run, with_lora],
-    "zero3": [plain_run, with_evaluation, with_lora, without_refresh],
+    "zero2": [stopped_and_resumed, with_lora],
+    "zero3": [stopped_and_resumed, with_evaluation, with_lora, without_refresh],
 }
 
 

@@ -1,6 +1,6 @@
 """FSDP2 without a GPU: accelerate offers FSDP to GPUs alone, though torch shards on CPUs too.
 
-    torchrun --nproc_per_node 2 tests/fsdp_on_cpu.py recipes/grpo_math.py --max_steps 20
+torchrun --nproc_per_node 2 tests/fsdp_on_cpu.py recipes/grpo_math.py --max_steps 20
 """
 
 import os

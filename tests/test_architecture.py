@@ -1,4 +1,4 @@
-"""The floors import only downward, and importing the package stays cheap. Read from the syntax tree: nothing is run."""
+"""Floors import only downward, and importing the package stays cheap. Read from the syntax tree: nothing is run."""
 
 import ast
 import subprocess

@@ -91,7 +91,10 @@ def test_the_backends_are_the_ones_they_are_meant_to_be(outcome: Any) -> None:
     assert fsdp["whole"]["parameters_held"] + other["whole"]["parameters_held"] == ddp["whole"]["parameters_held"]
 
 
-@pytest.mark.parametrize("suite", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "suite",
+    ["ddp", "fsdp", pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)],
+)
 def test_a_resumed_run_continues_the_interrupted_one_bit_for_bit(outcome: Any, suite: str) -> None:
     """Weights, samples and metrics: whatever differs was not in the checkpoint."""
     for runs in outcome(suite)["stopped_and_resumed"]:
@@ -186,8 +189,8 @@ def test_an_engine_that_is_not_refreshed_shows(outcome: Any) -> None:
 def test_deepspeed_trains_with_the_engine(outcome: Any, suite: str) -> None:
     """DeepSpeed writes weights past their version counters, and ZeRO-3 leaves empty parameters between forwards."""
     results = outcome(suite)
-    for name in ("plain_run", "with_lora"):
-        first, second = results[name]
+    resumed = [rank["resumed"] for rank in results["stopped_and_resumed"]]
+    for first, second in (resumed, results["with_lora"]):
         assert first["backend"] == "DEEPSPEED"
         assert_sampled_from_the_policy(first["log"])
         assert first["weights"] == second["weights"]
@@ -208,7 +211,7 @@ def test_the_recipe_trains_in_two_processes(tmp_path: Path, launcher: str) -> No
         "max_steps": 2,
         "max_completion_length": 16,
         "per_device_train_batch_size": 4,
-        "num_generations": 8,
+        "num_generations": 8,  # more than the 4 rows of one process: it alone would refuse
         "gradient_accumulation_steps": 1,
         "num_problems": 16,
         "logging_steps": 1,
@@ -225,7 +228,4 @@ def test_the_recipe_trains_in_two_processes(tmp_path: Path, launcher: str) -> No
         start([*map(str, accelerate), "--main_process_port", "0", *map(str, command)])
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     log = [entry for entry in state["log_history"] if "loss" in entry]
-    assert len(log) == 2
     assert [entry["selfspec/fallback"] for entry in log] == [0, 0]
-    # 2 processes x 4 rows: one process alone could not make a group of 8.
-    assert log[0]["num_tokens"] > 0

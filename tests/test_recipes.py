@@ -22,7 +22,7 @@ RECIPES = sorted(set((ROOT / "recipes").rglob("*.yaml")) - set(ACCELERATE_CONFIG
 def test_recipes_are_found() -> None:
     """A glob that finds nothing makes the next test pass for ever."""
     assert len(RECIPES) >= 3
-    assert len(ACCELERATE_CONFIGS) == 5
+    assert len(ACCELERATE_CONFIGS) >= 5
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
@@ -61,7 +61,7 @@ def test_without_arguments_the_embedded_default_is_used() -> None:
     arguments, training, model = grpo_math.parse([])
     assert arguments.dataset_name is None
     assert model.model_name_or_path is None
-    assert training.max_steps == 24
+    assert training.max_steps == 30
     assert training.use_selfspec
 
 

@@ -30,7 +30,7 @@ MODES: dict[str, tuple[dict[str, Any], int]] = {
     "accumulation": ({"gradient_accumulation_steps": 2}, 2),
     "generation_spans_two_accumulations": ({"gradient_accumulation_steps": 2, "steps_per_generation": 4}, 1),
     "two_generations_per_accumulation": ({"gradient_accumulation_steps": 2, "steps_per_generation": 1}, 4),
-    "mask_truncated_completions": ({"mask_truncated_completions": True}, 2),
+    "mask_truncated_completions": ({"mask_truncated_completions": True, "max_completion_length": 100}, 2),
     "log_completions": ({"log_completions": True}, 2),
     "reference_model": ({"beta": 0.1}, 2),
     "gradient_checkpointing_off": ({"gradient_checkpointing": False}, 2),
@@ -55,10 +55,11 @@ def test_a_mode_trains_on_what_the_engine_samples(tmp_path: Path, mode: str) -> 
 
 
 def test_completions_that_all_ran_out_of_tokens_leave_nothing_to_compare(tmp_path: Path) -> None:
-    """Masked completions count neither in the loss nor in the distance between sampler and trainer: 0 tokens, no mean."""
-    options = {"mask_truncated_completions": True, "max_completion_length": 1, "max_steps": 1}
+    """Masked completions count neither in the loss nor in the distance to the sampler: a mean of nothing is NaN."""
+    options = {"mask_truncated_completions": True, "max_completion_length": 2, "max_steps": 1}
     (entry,) = train(make_trainer(tmp_path, **ALWAYS_SPECULATE, **options))
-    assert LOGP not in entry or entry[LOGP] < FP32_LOGP_TOLERANCE
+    assert entry["completions/clipped_ratio"] == 1
+    assert LOGP not in entry
     assert entry["selfspec/fallback"] == 0
 
 

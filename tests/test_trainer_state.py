@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import Trainer
 from trl_runs import (
     ALWAYS_SPECULATE,
     Recorder,
@@ -21,10 +22,10 @@ from trl_runs import (
 )
 
 from trl_selfspec import SelfSpecEngine, SelfSpecGRPOTrainer
+from trl_selfspec.checkpointing import STATE_FILE
 from trl_selfspec.model_card import rollout_section
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.reporting import Tally
-from trl_selfspec.checkpointing import STATE_FILE
 
 
 class _Watched(SelfSpecGRPOTrainer):
@@ -107,6 +108,26 @@ def test_one_refresh_serves_all_generations_of_a_step(tmp_path: Path, monkeypatc
         trainer.model.lm_head.weight.mul_(1.1)
     trainer.evaluate()
     assert calls == [False]
+
+
+def test_the_best_model_is_followed_where_versions_do_not_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed loads past version counters and without a step: evaluation would sample from the last weights."""
+    calls: list[bool] = []
+    original = SelfSpecEngine.refresh
+    monkeypatch.setattr(
+        SelfSpecEngine, "refresh", lambda engine, draft=True: (calls.append(draft), original(engine, draft))[1]
+    )
+    monkeypatch.setattr(Trainer, "_load_best_model", lambda trainer: trainer.model.lm_head.weight.data.mul_(1.1))
+    trainer = make_trainer(tmp_path, **ALWAYS_SPECULATE)
+    for _ in range(2):
+        trainer.generate_ids([[5, 6, 7]])
+    assert calls == []
+    trainer._load_best_model()
+    for _ in range(2):
+        trainer.generate_ids([[5, 6, 7]])
+    assert len(calls) == 1
 
 
 def test_a_resumed_run_continues_the_interrupted_one_bit_for_bit(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ SIGNATURES: dict[Callable[..., Any], list[str]] = {
     GRPOTrainer.create_model_card: ["self", "model_name", "dataset_name", "tags"],
     RLOOTrainer._generate: ["self", "prompts"],
     RLOOTrainer._generate_single_turn: ["self", "prompt_ids", "images", "multimodal_fields"],
+    Trainer._load_best_model: ["self"],
     Trainer._get_output_dir: ["self", "trial"],
     Trainer.save_state: ["self"],
     profiling_context: ["trainer", "name"],
@@ -63,6 +64,7 @@ ATTRIBUTES = [
     "use_transformers_continuous_batching",
     "use_vllm",
     "_dist",
+    "_is_vlm",
     "_metrics",
     "_step",
 ]
@@ -104,7 +106,8 @@ def test_a_trainer_has_the_attributes_we_read(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, GRPOTrainer, GRPOConfig)
     missing = [name for name in ATTRIBUTES if not hasattr(trainer, name)]
     assert not missing, f"GRPOTrainer of TRL {trl.__version__} has no {missing}"
-    assert trainer._dist.is_zero3 is False
+    assert trainer._dist.is_zero3 is trainer._dist.is_fsdp is False
+    assert trainer._dist.fsdp_version is None
     assert trainer._metrics["train"] is not trainer._metrics["eval"]
     assert isinstance(trainer.args.steps_per_generation, int)
 

@@ -1,12 +1,20 @@
-"""The tensors a policy really computes with: adapters merged, shards gathered, without touching the policy."""
+"""The tensors a policy really computes with: adapters merged, shards gathered, without touching the policy.
+
+LoRA in all its places (Linear, Embedding, Conv1D, expert parameters) and DoRA are added up in fp32 and rounded once.
+Other PEFT methods merge themselves on a copy of the layer. What has no merged form raises `NotImplementedError`.
+"""
 
 import copy
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_bnb_weight
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from trl_selfspec.sharding import gathered
 
@@ -16,43 +24,166 @@ def base_model(policy: nn.Module) -> nn.Module:
     return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
 
 
+def find_module(base: nn.Module, path: str) -> nn.Module:
+    """The module of `base` that stands at `path` in the model without PEFT's wrappers, its own wrapper included."""
+    module = base
+    for name in filter(None, path.split(".")):
+        module = _active_copy(module) if isinstance(module, AuxiliaryTrainingWrapper) else module
+        if isinstance(module, BaseTunerLayer):
+            if not isinstance(module, ParamWrapper):
+                raise NotImplementedError(f"{_name(module)} adapts more than one tensor")
+            module = module.get_base_layer()
+        module = module.get_submodule(name)
+    return module
+
+
 def effective_tensor(module: nn.Module, attribute: str) -> Tensor | None:
     """What `module.<attribute>` amounts to with its active adapters merged and its shards gathered.
 
     Returns the module's own `nn.Parameter` where that is the effective value (it may be aliased), else a new tensor.
     Gathering a sharded tensor is collective: every rank must ask in the same order.
+
+    Raises:
+        NotImplementedError: there is no such tensor, because an adapter or a quantized layer computes something else.
     """
-    if isinstance(module, ModulesToSaveWrapper):
+    if isinstance(module, AuxiliaryTrainingWrapper):
         module = _active_copy(module)
-    elif isinstance(module, AuxiliaryTrainingWrapper):
-        raise NotImplementedError(f"{type(module).__name__} can't be merged")
     if not isinstance(module, BaseTunerLayer):
-        return gathered(getattr(module, attribute))
-    base = module.get_base_layer()
-    merged = attribute == "weight" and bool(module.active_adapters) and not module.merged and not module.disable_adapters
-    if not merged:
-        return gathered(getattr(base, attribute))
-    if isinstance(module, LoraLayer) and not any(_is_dora(module, name) for name in module.active_adapters):
-        return _merged_lora(module, gathered(base.weight))
-    clone = copy.deepcopy(module)
-    clone.merge()
-    return clone.get_base_layer().weight.detach().clone()
+        return _dense(module, attribute)
+    base, tuners = module.get_base_layer(), _contributing(module)
+    if all(_adds_up(layer, names) for layer, names in tuners):
+        return _lora_sum(base, tuners, attribute)
+    if len(tuners) > 1:
+        raise NotImplementedError(f"{_name(module)} around {_name(tuners[0][0])} can't be merged")
+    return _merged_on_a_copy(*tuners[0], attribute)
 
 
-def _merged_lora(layer: LoraLayer, weight: Tensor) -> Tensor:
-    merged = weight.detach().float()
-    for name in layer.active_adapters:
-        if name in layer.lora_A or name in layer.lora_embedding_A:
-            merged = merged + gathered(layer.get_delta_weight(name)).float()  # type: ignore[operator]
-    return merged.to(weight.dtype)
+def adapter_state(base: nn.Module) -> tuple[object, ...]:
+    """Which adapters count, and how much: switching one leaves every parameter and its version as it was."""
+    return tuple(
+        (
+            module.disable_adapters,
+            tuple(module.active_adapters),
+            tuple(module.merged_adapters),
+            tuple(module.scaling.items()) if isinstance(module, LoraLayer) else (),
+        )
+        for module in base.modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    )
 
 
-def _active_copy(wrapper: ModulesToSaveWrapper) -> nn.Module:
+def lora_factors(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """A (R, in) and B (out, R), scaled, with `effective weight = base weight + B A`; `None` if it is no such layer."""
+    if not isinstance(module, LoraLayer) or isinstance(module, ParamWrapper) or not hasattr(module, "lora_A"):
+        return None
+    tuners = _contributing(module)
+    plain = len(tuners) == 1 and tuners[0][0] is module and isinstance(module.get_base_layer(), nn.Linear)
+    if not plain or any(name in module.lora_variant for name in tuners[0][1]):
+        return None
+    names = tuners[0][1]
+    down = [gathered(module.lora_A[name].weight) for name in names]
+    up = [gathered(module.lora_B[name].weight) * module.scaling[name] for name in names]  # type: ignore[operator]
+    return torch.cat(down), torch.cat(up, dim=1)  # type: ignore[arg-type]
+
+
+def frozen_state(module: nn.Module) -> tuple[object, ...] | None:
+    """Changes with what a frozen `module` computes; `None` where optimizers write, some of them past all versions."""
+    parameters = list(module.parameters())
+    if any(p.requires_grad or isinstance(p, DTensor) or hasattr(p, "ds_id") for p in parameters):
+        return None
+    return adapter_state(module), tuple((id(p), p.data_ptr(), p._version) for p in parameters)
+
+
+def _contributing(module: nn.Module) -> list[tuple[BaseTunerLayer, list[str]]]:
+    """The tuner layers around a module, from the inside out, each with the adapters that its forward adds."""
+    found = []
+    while isinstance(module, BaseTunerLayer):
+        if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+            raise NotImplementedError(f"{_name(module)} has a forward of its own, as in X-LoRA")
+        if module.merged and module.disable_adapters:
+            raise NotImplementedError(f"{_name(module)} is merged and disabled at once; unmerge it")
+        if not module.merged and not module.disable_adapters:
+            names = [name for name in module.active_adapters if name in module._get_available_adapters()]
+            found += [(module, names)] if names else []
+        module = module.base_layer  # type: ignore[assignment]
+    return found[::-1]
+
+
+def _adds_up(layer: BaseTunerLayer, names: list[str]) -> bool:
+    if not isinstance(layer, LoraLayer):
+        return False
+    variants = [layer.lora_variant[name] for name in names if name in layer.lora_variant]
+    dora = all(type(variant) is DoraLinearVariant for variant in variants) and not layer.fan_in_fan_out
+    return not variants or dora
+
+
+def _lora_sum(base: nn.Module, tuners: list[tuple[BaseTunerLayer, list[str]]], attribute: str) -> Tensor | None:
+    value = _dense(base, attribute)
+    added = []
+    for layer, names in tuners:
+        assert isinstance(layer, LoraLayer)
+        for name in names:
+            has_bias = layer.lora_bias.get(name, False)
+            if has_bias and getattr(base, "bias", None) is None:
+                raise NotImplementedError("`lora_bias=True` on a layer without a bias")
+            if attribute == getattr(layer, "parameter_name", "weight"):
+                added.append(_lora_delta(layer, name, value))
+            elif attribute == "bias" and has_bias:
+                added.append(gathered(layer.lora_B[name].bias).float() * layer.scaling[name])  # type: ignore[union-attr]
+    if not added:
+        return value
+    assert value is not None
+    return torch.stack([value.detach().float(), *added]).sum(0).to(value.dtype) if len(added) > 1 else (
+        value.detach().float() + added[0]
+    ).to(value.dtype)
+
+
+def _lora_delta(layer: LoraLayer, name: str, weight: Tensor | None) -> Tensor:
+    """What the adapter adds to `weight`, in fp32."""
+    assert weight is not None
+    delta = gathered(layer.get_delta_weight(name)).float()  # type: ignore[union-attr, operator]
+    if name not in layer.lora_variant:
+        return delta
+    magnitude = gathered(layer.lora_magnitude_vector[name].weight).float()  # type: ignore[union-attr]
+    merged = weight.detach().float() + delta
+    return merged * (magnitude / merged.norm(dim=1))[:, None] - weight.detach().float()
+
+
+def _merged_on_a_copy(layer: BaseTunerLayer, names: list[str], attribute: str) -> Tensor | None:
+    value = _dense(layer.get_base_layer(), attribute)
+    if _is_quantized(layer.get_base_layer()):
+        raise NotImplementedError(f"{_name(layer)} around a quantized layer can't be merged")
+    clone = copy.deepcopy(layer)
+    clone.float()  # type: ignore[operator]
+    clone.merge(adapter_names=names)
+    merged = gathered(getattr(clone.get_base_layer(), attribute))
+    return None if merged is None or value is None else merged.detach().to(value.dtype)
+
+
+def _active_copy(wrapper: AuxiliaryTrainingWrapper) -> nn.Module:
+    if not isinstance(wrapper, ModulesToSaveWrapper):
+        raise NotImplementedError(f"{_name(wrapper)} can't be merged")
     active = wrapper.active_adapters[0] if wrapper.active_adapters else None
     if active is None or active not in wrapper.modules_to_save or wrapper.disable_adapters:
         return wrapper.original_module
     return wrapper.modules_to_save[active]
 
 
-def _is_dora(layer: LoraLayer, name: str) -> bool:
-    return bool(layer.use_dora.get(name, False)) if isinstance(layer.use_dora, dict) else bool(layer.use_dora)
+def _is_quantized(module: nn.Module) -> bool:
+    return type(getattr(module, "weight", None)).__name__ == "Params4bit"
+
+
+def _dense(module: nn.Module, attribute: str) -> Tensor | None:
+    """The tensor itself, whole, in the dtype in which the module computes."""
+    tensor = getattr(module, attribute)
+    if attribute == "weight" and _is_quantized(module):
+        if getattr(tensor.quant_state, "packing_format_for_cpu", False):
+            raise NotImplementedError("bitsandbytes has packed its 4-bit weights for CPU inference")
+        return dequantize_bnb_weight(tensor).to(module.compute_dtype)  # type: ignore[arg-type]
+    if tensor is not None and type(tensor) not in (Tensor, nn.Parameter) and not isinstance(tensor, DTensor):
+        raise NotImplementedError(f"weights of class {type(tensor).__name__} are quantized in a way of their own")
+    return gathered(tensor)
+
+
+def _name(module: object) -> str:
+    return f"{type(module).__module__.removeprefix('peft.tuners.').split('.')[0]}.{type(module).__name__}"

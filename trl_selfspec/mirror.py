@@ -8,15 +8,15 @@ over a refresh.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trl_selfspec.adapters import base_model, effective_tensor
+from trl_selfspec.adapters import adapter_state, base_model, effective_tensor, find_module
 from trl_selfspec.attention import IMPLEMENTATION
-from trl_selfspec.kernels import linear_bf16
+from trl_selfspec.kernels import fast_norm, prepare_linear
 from trl_selfspec.quantize import QuantizedLinear
 from trl_selfspec.sharding import fingerprint, gathered_partitions
 
@@ -36,10 +36,10 @@ class MirrorLinear(nn.Module):
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.weight, self.bias = weight, bias
+        self._linear = prepare_linear(weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        linear = linear_bf16 if self.weight.dtype == torch.bfloat16 else F.linear
-        return linear(x.to(self.weight.dtype), self.weight, self.bias)
+        return self._linear(x.to(self.weight.dtype))
 
 
 class Mirror:
@@ -66,7 +66,7 @@ class Mirror:
         self.version = 0
         self._copies: list[tuple[Tensor, Callable[[], Tensor]]] = []
         self._aliases: list[tuple[nn.Parameter, Callable[[], Tensor]]] = []
-        self._fingerprint = fingerprint(self.base)
+        self._state = self._policy_state()
         _refuse_batch_dependent_rope(self.base)
         try:
             self.model = _meta_tree(self.base, IMPLEMENTATION)
@@ -78,11 +78,12 @@ class Mirror:
         for name, module in list(self.model.named_modules()):
             self._mirror_module(name, module)
         self.refresh()
+        _use_fast_modules(self.model)
 
     @property
     def stale(self) -> bool:
-        """Whether an in-place operation (an optimizer step, a load) changed the policy since the last `refresh`."""
-        return self._fingerprint != fingerprint(self.base)
+        """Whether the policy changed since the last `refresh`: in place, by a step or a load, or by another adapter."""
+        return self._state != self._policy_state()
 
     @property
     def num_layers(self) -> int:
@@ -91,7 +92,7 @@ class Mirror:
     @torch.no_grad()
     def refresh(self) -> None:
         """Brings copied tensors up to date and follows aliases whose source moved."""
-        self._fingerprint = fingerprint(self.base)
+        self._state = self._policy_state()
         for parameter, read in self._aliases:
             if parameter.data_ptr() != (source := read()).data_ptr():
                 parameter.data = source.detach()
@@ -111,24 +112,28 @@ class Mirror:
                 _replace(twin, name, module)
         return _adopt(twin, self.model), own
 
+    def _policy_state(self) -> tuple[object, ...]:
+        return fingerprint(self.base), adapter_state(self.base)
+
     def _mirror_module(self, name: str, module: nn.Module) -> None:
+        for attribute, _ in list(_own_tensors(module)):
+            self._mirror_tensor(module, name, attribute)
+        if type(module) is nn.Linear:
+            _replace(self.model, name, MirrorLinear(module.weight, module.bias))
+
+    def _read(self, name: str, attribute: str) -> Tensor:
         try:
-            source = self.base.get_submodule(name)
-            for attribute, _ in list(_own_tensors(module)):
-                self._mirror_tensor(module, source, attribute)
+            source = find_module(self.base, name)  # anew each time: PEFT may have wrapped or unwrapped it since
+            with gathered_partitions(source):
+                return effective_tensor(source, attribute)  # type: ignore[return-value]
         except (AttributeError, NotImplementedError) as error:
             raise UnsupportedModelError(
                 f"{type(self.base).__name__} can't be mirrored at `{name}`: {error}. Use TRL's own generation "
                 "(`use_selfspec=False`)."
             ) from error
-        if type(module) is nn.Linear:
-            _replace(self.model, name, MirrorLinear(module.weight, module.bias))
 
-    def _mirror_tensor(self, module: nn.Module, source: nn.Module, attribute: str) -> None:
-        def read() -> Tensor:
-            with gathered_partitions(source):
-                return effective_tensor(source, attribute)  # type: ignore[return-value]
-
+    def _mirror_tensor(self, module: nn.Module, name: str, attribute: str) -> None:
+        read = functools.partial(self._read, name, attribute)
         tensor = read()
         dtype = self._dtype_in_forward(module, attribute, tensor)
         if isinstance(tensor, nn.Parameter) and tensor.dtype == dtype:
@@ -161,7 +166,7 @@ def make_drafter(mirror: Mirror, qtype: str, quantize_lm_head: bool = True) -> n
             weight = layer.weight
             layer = QuantizedLinear(in_features, out_features, layer.bias, qtype, weight.dtype, weight.device)
         _replace(tree, name, layer)
-    return _adopt(tree, mirror.model)
+    return _use_fast_modules(_adopt(tree, mirror.model))
 
 
 @torch.no_grad()
@@ -205,6 +210,14 @@ def _adopt(tree: nn.Module, donor: nn.Module) -> nn.Module:
             if tensor.is_meta:
                 _assign(module, attribute, getattr(donor.get_submodule(name), attribute))
     return tree.requires_grad_(False)
+
+
+def _use_fast_modules(tree: nn.Module) -> nn.Module:
+    """Replaces norms by a kernel where a trial shows that it computes the same."""
+    for name, module in list(tree.named_modules()):
+        if (fast := fast_norm(module)) is not None:
+            _replace(tree, name, fast)
+    return tree
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

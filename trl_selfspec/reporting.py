@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from trl_selfspec.rollout import Progress
@@ -64,6 +65,24 @@ class Tally:
         for row in accelerator.gather(vector).tolist():
             total += Tally.from_vector(row)
         return total
+
+
+def gathered_difference(
+    logps: Tensor | None,  # (B, T)
+    sampled: Tensor | None,  # (B, T), NaN where a token was not scored
+    mask: Tensor,  # (B, T)
+    accelerator: Any,
+) -> dict[str, float]:
+    """Mean and maximum of |logps - sampled| over the tokens of all ranks, none if there are none; collective."""
+    local = torch.zeros(3, device=accelerator.device)
+    if logps is not None and sampled is not None:
+        delta = (logps - sampled).abs()[mask.bool() & ~sampled.isnan()]
+        if delta.numel():
+            local = torch.stack([delta.sum(), delta.max(), delta.new_tensor(delta.numel())])
+    total, largest, count = accelerator.gather(local[None]).unbind(1)
+    if count.sum() == 0:
+        return {}
+    return {"mean": (total.sum() / count.sum()).item(), "max": largest.max().item()}
 
 
 class RolloutBar:

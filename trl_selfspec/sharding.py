@@ -30,16 +30,11 @@ def gathered(tensor: Tensor | None) -> Tensor | None:
         return None
     if hasattr(tensor, "ds_id"):  # whole only as long as `gathered_partitions` lasts
         return tensor.detach().clone()
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def is_sharded(policy: nn.Module) -> bool:
-    """Whether reading the policy's weights is collective."""
-    return any(hasattr(parameter, "ds_id") or isinstance(parameter, DTensor) for parameter in policy.parameters())
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor
 
 
 def fingerprint(policy: nn.Module) -> int:
-    """Differs once an in-place operation on a parameter (an optimizer step, a load) or a new parameter changed the policy.
+    """Differs once an in-place operation (an optimizer step, a load) or a new parameter changed the policy.
 
     Versions count on FSDP2's shards as on plain parameters. DeepSpeed writes past them: there, only the step tells.
     """

@@ -26,7 +26,7 @@ from trl_selfspec.following import PolicyFollower
 from trl_selfspec.law import effective_generation_config, unsupported_parameters
 from trl_selfspec.model_card import complete_model_card
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.reporting import RolloutBar, Tally
+from trl_selfspec.reporting import RolloutBar, Tally, gathered_difference
 from trl_selfspec.stats import RolloutStats
 
 
@@ -330,15 +330,7 @@ class SelfSpecGRPOTrainer(SelfSpecMixin, GRPOTrainer):
 
     def _log_logp_difference(self, logps: torch.Tensor | None, inputs: dict[str, Any]) -> None:
         """Logs |engine's - trainer's| log-probability, from the loss's own forward; dropout, if any, is part of it."""
-        difference = torch.zeros(3, device=self.accelerator.device)
-        sampled = inputs.get("sampling_per_token_logps")
-        if sampled is not None and logps is not None:
-            mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-            delta = (logps - sampled).abs()[mask.bool() & ~sampled.isnan()]
-            if delta.numel():
-                difference = torch.stack([delta.sum(), delta.max(), delta.new_tensor(delta.numel())])
-        total, largest, count = self.accelerator.gather(difference[None]).unbind(1)
-        if count.sum() > 0:
-            metrics = self._metrics[self._mode]
-            metrics["sampling/sampling_logp_difference/mean"].append((total.sum() / count.sum()).item())
-            metrics["sampling/sampling_logp_difference/max"].append(largest.max().item())
+        sampled, mask = inputs.get("sampling_per_token_logps"), inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        if difference := gathered_difference(logps, sampled, mask, self.accelerator):
+            for name, value in difference.items():
+                self._metrics[self._mode][f"sampling/sampling_logp_difference/{name}"].append(value)

@@ -1,4 +1,4 @@
-"""What torch runs slowly on CPUs, each with an eager twin: linear layers, decode attention, norms and gates.
+"""What torch runs slowly on CPUs, each with an eager twin: linear layers, decode attention and norms.
 
 `linear_bf16` picks the fastest way to multiply by bf16 weights; `linear_int4` runs the drafter's layers; a `Prepared`
 layer has its checks behind it. Measured times are in docs/LOG.md; `cpu.c` is compiled on first use by `build`.
@@ -8,29 +8,19 @@ from trl_selfspec.kernels.attention import can_attend, write_and_attend
 from trl_selfspec.kernels.build import available
 from trl_selfspec.kernels.cpu import PreparedLinear, linear_int4
 from trl_selfspec.kernels.dispatch import linear_bf16, prepare_linear, torch_has_native_bf16
-from trl_selfspec.kernels.pointwise import (
-    FastGatedMLP,
-    FastRMSNorm,
-    fast_gated_mlp,
-    fast_norm,
-    rms_norm,
-    silu_mul,
-)
+from trl_selfspec.kernels.norm import FastRMSNorm, fast_norm, rms_norm
 
 
 __all__ = [
-    "FastGatedMLP",
     "FastRMSNorm",
     "PreparedLinear",
     "available",
     "can_attend",
-    "fast_gated_mlp",
     "fast_norm",
     "linear_bf16",
     "linear_int4",
     "prepare_linear",
     "rms_norm",
-    "silu_mul",
     "torch_has_native_bf16",
     "write_and_attend",
 ]

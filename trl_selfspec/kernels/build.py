@@ -32,7 +32,6 @@ _SIGNATURES = {
     "linear": (_STRUCT, _INT, _SIZE, *[_POINTER] * 5),
     "attention": (_STRUCT, _INT),
     "rms_norm": (_INT, _SIZE, _SIZE, _DOUBLE, _POINTER, _INT, _POINTER, _INT, _POINTER, _INT),
-    "silu_mul": (_INT, _SIZE, _POINTER, _POINTER, _INT, _POINTER),
 }
 
 

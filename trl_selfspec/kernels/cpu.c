@@ -69,18 +69,26 @@ INLINE __m256 load8(const void *p, int64_t i, int dtype) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
 }
 
+/* bf16 as the upper halves of eight floats. */
+INLINE __m256i rounded8(__m256 v) {
+    const __m256i bits = _mm256_castps_si256(v), even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(even, _mm256_set1_epi32(0x7fff)));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    return _mm256_and_si256(_mm256_blendv_epi8(sum, _mm256_set1_epi32(0x7fc00000), nan), _mm256_set1_epi32((int)0xffff0000));
+}
+
+INLINE __m256 round8(__m256 v, int dtype) {
+    return dtype == FP32 ? v : _mm256_castsi256_ps(rounded8(v));
+}
+
 INLINE void store8(void *p, int64_t i, int dtype, __m256 v) {
     if (dtype == FP32) {
         _mm256_storeu_ps((float *)p + i, v);
         return;
     }
-    const __m256i bits = _mm256_castps_si256(v), one = _mm256_set1_epi32(1);
-    const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
-    __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(even, _mm256_set1_epi32(0x7fff))), 16);
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
-    const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
-    _mm_storeu_si128((__m128i *)((uint16_t *)p + i), half);
+    const __m256i halves = _mm256_srli_epi32(rounded8(v), 16);
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+    _mm_storeu_si128((__m128i *)((uint16_t *)p + i), packed);
 }
 
 /* Within 2 ulp of exp; 0 below -87, inf above 88.4, NaN for NaN. (Cephes' polynomial.) */
@@ -111,4 +119,4 @@ static int useful_threads(double work, int most) {
 
 #include "linear.c"
 #include "attention.c"
-#include "pointwise.c"
+#include "norm.c"

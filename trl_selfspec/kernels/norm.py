@@ -1,9 +1,6 @@
-"""RMSNorm and gated activations in one call each, put in place of modules that are shown to compute the same."""
-
-import copy
+"""RMSNorm in one call, put in place of modules that are shown to compute the same."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -39,19 +36,6 @@ def rms_norm(
     return y
 
 
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:  # (..., D)
-    """`F.silu(gate) * up`, rounded twice as torch does; torch's own unless both are bf16 or fp32 on a CPU."""
-    fits = gate.is_cpu and gate.dtype in DTYPES and gate.dtype is up.dtype and gate.shape == up.shape
-    whole = gate.numel() % LANES == 0 and gate.is_contiguous() and up.is_contiguous()
-    if not (fits and whole and available()) or ((gate.requires_grad or up.requires_grad) and torch.is_grad_enabled()):
-        return F.silu(gate) * up
-    y = torch.empty_like(gate)
-    functions().silu_mul(
-        torch.get_num_threads(), gate.numel(), gate.data_ptr(), up.data_ptr(), DTYPES[gate.dtype], y.data_ptr()
-    )
-    return y
-
-
 class FastRMSNorm(nn.Module):
     """Llama's RMSNorm; `weight` may be re-pointed."""
 
@@ -61,19 +45,6 @@ class FastRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
-
-
-class FastGatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)) around the children of `module`, which keep their names."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        for name, child in module.named_children():
-            self.add_module(name, child)
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
 
 
 @torch.no_grad()
@@ -95,32 +66,6 @@ def fast_norm(module: nn.Module) -> FastRMSNorm | None:
         if not _same(rms_norm(x, trial, eps), expected):
             return None
     return FastRMSNorm(weight, eps)
-
-
-@torch.no_grad()
-def fast_gated_mlp(module: nn.Module) -> FastGatedMLP | None:
-    """A replacement for an MLP of transformers' with SiLU, whose forward is tried out; `None` for any other."""
-    names = {name for name, _ in module.named_children()}
-    if names != {"gate_proj", "up_proj", "down_proj", "act_fn"} or module._parameters or module.training:
-        return None
-    generator = torch.Generator().manual_seed(0)
-    trial = copy.copy(module)  # its own forward around layers that show what lies between them
-    for dtype in DTYPES:
-        x = (4 * torch.randn(PROBE_ROWS, 1, 8 * LANES, generator=generator)).to(dtype)
-        gate, up = (_Scale(scale.to(dtype)) for scale in torch.randn(2, x.shape[-1], generator=generator))
-        trial._modules = {**module._modules, "gate_proj": gate, "up_proj": up, "down_proj": nn.Identity()}
-        if not _same(silu_mul(gate(x), up(x)), trial(x)):
-            return None
-    return FastGatedMLP(module)
-
-
-class _Scale(nn.Module):
-    def __init__(self, scale: Tensor) -> None:
-        super().__init__()
-        self.scale = scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale
 
 
 def _same(actual: Tensor, expected: Tensor) -> bool:
