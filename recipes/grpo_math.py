@@ -110,7 +110,9 @@ def load_math_dataset(arguments: RecipeArguments) -> DatasetDict:
         raw = load_dataset(arguments.dataset_name, arguments.dataset_config)
     columns = raw[arguments.dataset_train_split].column_names if arguments.dataset_train_split in raw else None
     if columns is None:
-        raise ValueError(f"{path} has no split {arguments.dataset_train_split!r}: use one of {', '.join(raw)}.")
+        raise ValueError(
+            f"{path} has no split {arguments.dataset_train_split!r}: use one of {', '.join(map(str, raw))}."
+        )
     for name in (arguments.dataset_prompt_column, arguments.dataset_answer_column):
         if name not in columns:
             raise ValueError(f"{path} has no column {name!r}: use one of {', '.join(columns)}.")
@@ -150,12 +152,12 @@ def main(argv: Sequence[str]) -> None:
         if arguments.dataset_name is not None:
             raise ValueError("`--dataset_name` needs `--model_name_or_path`: the small policy knows arithmetic only.")
         model.model_name_or_path = str(ensure_tiny_policy())
-    training.model_init_kwargs = {
+    own = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
-        **(training.model_init_kwargs or {}),
     }
+    training.model_init_kwargs = own | dict(training.model_init_kwargs or {})
     train_dataset, eval_dataset = make_datasets(arguments, training)
     trainer = SelfSpecGRPOTrainer(
         model=model.model_name_or_path,

@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import mean, quantiles
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -64,7 +65,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def make_model() -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=128,  # a multiple of quanto's int4 group size
         hidden_size=256,
@@ -75,8 +76,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=SPECIAL_TOKENS.index("<eos>"),
+        pad_token_id=SPECIAL_TOKENS.index("<pad>"),
     )
     return LlamaForCausalLM(config)
 
@@ -145,7 +146,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, dataset: 
 
 
 @torch.no_grad()
-def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[float]]:
+def sample(model: Any, tokenizer: Any) -> tuple[list[int], list[float]]:
     """Lengths in tokens and rewards of completions at temperature 1 on problems like those of the recipe."""
     problems = arithmetic.make_dataset(NUM_SAMPLES, seed=1)
     inputs = tokenizer.apply_chat_template(
@@ -162,7 +163,7 @@ def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> tuple
     return (completions != tokenizer.pad_token_id).sum(1).tolist(), rewards
 
 
-def report(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, train_s: float) -> None:
+def report(model: Any, tokenizer: Any, train_s: float) -> None:
     start = time.monotonic()
     lengths, rewards = sample(model, tokenizer)
     cuts = quantiles(lengths, n=100)
@@ -184,14 +185,14 @@ def main() -> None:
     start = time.monotonic()
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
+    model = make_model()
     num_pools = -(-MAX_STEPS * BATCH_SIZE // POOL_SIZE)
     dataset = arithmetic.make_dataset(num_pools * POOL_SIZE, seed=0, with_completion=True)
     train(model, tokenizer, batched_by_length(dataset), args.budget)
     report(model, tokenizer, time.monotonic() - start)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=args.output.parent))
-    model.to(torch.bfloat16).save_pretrained(scratch)
+    model.bfloat16().save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
     shutil.rmtree(args.output, ignore_errors=True)
     scratch.rename(args.output)  # only a complete policy ever has this name

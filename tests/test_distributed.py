@@ -50,8 +50,12 @@ def two_processes(*arguments: object, **environment: str) -> None:
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """`outcome(suite)`: what both ranks reported, by scenario."""
 
+    launched: set[str] = set()
+
     @functools.cache
     def launch(suite: str) -> dict[str, list[Any]]:
+        assert suite not in launched, "its launch failed in an earlier test"
+        launched.add(suite)
         folder = tmp_path_factory.mktemp(suite)
         deepspeed = {"DS_ACCELERATOR": "cpu"} if suite.startswith("zero") else {}
         two_processes(TESTS / "distributed_worker.py", suite, folder, **deepspeed)

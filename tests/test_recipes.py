@@ -129,7 +129,7 @@ def untrained_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     path = tmp_path_factory.mktemp("policy")
     tokenizer = make_tiny_policy.make_tokenizer()
-    make_tiny_policy.make_model(tokenizer).save_pretrained(path)
+    make_tiny_policy.make_model().save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from trl_selfspec.drafter import make_drafter
 from trl_selfspec.engine import SelfSpecEngine
-from trl_selfspec.mirror import make_drafter
 from trl_selfspec.quantize import QuantizedLinear
 
 

@@ -37,6 +37,12 @@ def find_module(base: nn.Module, path: str) -> nn.Module:
     return module
 
 
+def inner_module(module: nn.Module) -> nn.Module:
+    """What remains of a module without PEFT's wrappers."""
+    module = _active_copy(module) if isinstance(module, AuxiliaryTrainingWrapper) else module
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
 def effective_tensor(module: nn.Module, attribute: str) -> Tensor | None:
     """What `module.<attribute>` amounts to with its active adapters merged and its shards gathered.
 
@@ -73,25 +79,33 @@ def adapter_state(base: nn.Module) -> tuple[object, ...]:
 
 
 def lora_factors(module: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """A (R, in) and B (out, R), scaled, with `effective weight = base weight + B A`; `None` if it is no such layer."""
-    if not isinstance(module, LoraLayer) or isinstance(module, ParamWrapper) or not hasattr(module, "lora_A"):
+    """A (R, in) and B (out, R), scaled, with `effective weight = base weight + B A`.
+
+    `None` where that does not hold, and for sharded adapters: whoever asks may be alone.
+    """
+    if not isinstance(module, LoraLayer) or isinstance(module, ParamWrapper):
         return None
     tuners = _contributing(module)
-    plain = len(tuners) == 1 and tuners[0][0] is module and isinstance(module.get_base_layer(), nn.Linear)
-    if not plain or any(name in module.lora_variant for name in tuners[0][1]):
+    if len(tuners) != 1 or tuners[0][0] is not module or not isinstance(module.get_base_layer(), nn.Linear):
         return None
     names = tuners[0][1]
-    down = [gathered(module.lora_A[name].weight) for name in names]
-    up = [gathered(module.lora_B[name].weight) * module.scaling[name] for name in names]  # type: ignore[operator]
+    if is_sharded(module) or any(name in module.lora_variant for name in names):
+        return None
+    down = [module.lora_A[name].weight for name in names]
+    up = [module.lora_B[name].weight * module.scaling[name] for name in names]  # type: ignore[operator]
     return torch.cat(down), torch.cat(up, dim=1)  # type: ignore[arg-type]
 
 
 def frozen_state(module: nn.Module) -> tuple[object, ...] | None:
     """Changes with what a frozen `module` computes; `None` where optimizers write, some of them past all versions."""
     parameters = list(module.parameters())
-    if any(p.requires_grad or isinstance(p, DTensor) or hasattr(p, "ds_id") for p in parameters):
+    if is_sharded(module) or any(parameter.requires_grad for parameter in parameters):
         return None
     return adapter_state(module), tuple((id(p), p.data_ptr(), p._version) for p in parameters)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in module.parameters())
 
 
 def _contributing(module: nn.Module) -> list[tuple[BaseTunerLayer, list[str]]]:
@@ -133,9 +147,7 @@ def _lora_sum(base: nn.Module, tuners: list[tuple[BaseTunerLayer, list[str]]], a
     if not added:
         return value
     assert value is not None
-    return torch.stack([value.detach().float(), *added]).sum(0).to(value.dtype) if len(added) > 1 else (
-        value.detach().float() + added[0]
-    ).to(value.dtype)
+    return sum(added, start=value.detach().float()).to(value.dtype)
 
 
 def _lora_delta(layer: LoraLayer, name: str, weight: Tensor | None) -> Tensor:

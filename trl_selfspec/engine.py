@@ -16,9 +16,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from trl_selfspec.attention import bind_cache
 from trl_selfspec.cache import PagedCache
 from trl_selfspec.controller import Controller
+from trl_selfspec.drafter import drafter_bytes, make_drafter, requantize
 from trl_selfspec.law import SamplingLaw, effective_generation_config
 from trl_selfspec.memory import affordable_rows
-from trl_selfspec.mirror import Mirror, UnsupportedModelError, drafter_bytes, make_drafter, requantize
+from trl_selfspec.mirror import Mirror, UnsupportedModelError
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.quantize import resolve_qtype
 from trl_selfspec.requests import make_requests

@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from trl_selfspec.adapters import adapter_state, base_model, effective_tensor, find_module
+from trl_selfspec.adapters import adapter_state, base_model, effective_tensor, find_module, inner_module, is_sharded
 from trl_selfspec.attention import IMPLEMENTATION
 from trl_selfspec.kernels import fast_norm, prepare_linear
-from trl_selfspec.quantize import QuantizedLinear
 from trl_selfspec.sharding import fingerprint, gathered_partitions
 
 
@@ -78,7 +77,8 @@ class Mirror:
         for name, module in list(self.model.named_modules()):
             self._mirror_module(name, module)
         self.refresh()
-        _use_fast_modules(self.model)
+        self._embedding_dtype = _embedding_dtype(self.base)
+        self._complete(self.model)
 
     @property
     def stale(self) -> bool:
@@ -100,17 +100,39 @@ class Mirror:
             storage.copy_(read())
         self.version += 1
 
+    def tree(
+        self,
+        attention: str = IMPLEMENTATION,
+        linear: Callable[[str, MirrorLinear], nn.Module] = lambda name, layer: layer,
+        window: int | None = None,
+    ) -> nn.Module:
+        """Another tree with this mirror's tensors.
+
+        Args:
+            attention: name of the attention function; with one of transformers', other modules are its own too.
+            linear: what stands in for the mirror's Linear layer of a name; by default that layer.
+            window: shortens windows to at most this many tokens.
+        """
+        tree = _meta_tree(self.base, attention, window)
+        for name, module in self.model.named_modules():
+            if isinstance(module, MirrorLinear):
+                _replace(tree, name, linear(name, module))
+        return self._complete(_adopt(tree, self.model))
+
     def shortsighted(self, window: int) -> tuple[nn.Module, nn.Module]:
-        """Twins of the mirror and of transformers' own modules with windows of at most `window` tokens.
+        """Twins of the mirror, with its own and with transformers' attention, that see at most `window` tokens back.
 
         For the self-check: a window that its few tokens never fill would not be checked at all.
         """
-        own = _adopt(_meta_tree(self.base, self.base.config._attn_implementation, window), self.model)
-        twin = _meta_tree(self.base, IMPLEMENTATION, window)
-        for name, module in self.model.named_modules():
-            if type(module) is not type(twin.get_submodule(name)):
-                _replace(twin, name, module)
-        return _adopt(twin, self.model), own
+        return self.tree(window=window), self.tree(self.base.config._attn_implementation, window=window)
+
+    def _complete(self, tree: nn.Module) -> nn.Module:
+        """What a tree needs besides its tensors."""
+        if tree.config._attn_implementation == IMPLEMENTATION:
+            _use_fast_modules(tree)
+        if (dtype := self._embedding_dtype) is not None:
+            tree.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.to(dtype))
+        return tree
 
     def _policy_state(self) -> tuple[object, ...]:
         return fingerprint(self.base), adapter_state(self.base)
@@ -149,37 +171,8 @@ class Mirror:
     def _dtype_in_forward(self, module: nn.Module, attribute: str, tensor: Tensor) -> torch.dtype:
         if self.param_dtype is not None and attribute in module._parameters and tensor.is_floating_point():
             return self.param_dtype
-        cast = isinstance(module, nn.Linear) and self.autocast_dtype is not None and tensor.dtype == torch.float32
+        cast = isinstance(module, nn.Linear) and self.autocast_dtype is not None and tensor.dtype != torch.float64
         return self.autocast_dtype if cast else tensor.dtype  # type: ignore[return-value]
-
-
-def make_drafter(mirror: Mirror, qtype: str, quantize_lm_head: bool = True) -> nn.Module:
-    """The target mirror's tree and tensors with a `QuantizedLinear` for every Linear layer; fill it by `requantize`."""
-    tree = _meta_tree(mirror.base, IMPLEMENTATION)
-    head = tree.get_output_embeddings()
-    for name, module in list(tree.named_modules()):
-        layer = mirror.model.get_submodule(name)
-        if not isinstance(layer, MirrorLinear):
-            continue
-        if quantize_lm_head or module is not head:
-            out_features, in_features = layer.weight.shape
-            weight = layer.weight
-            layer = QuantizedLinear(in_features, out_features, layer.bias, qtype, weight.dtype, weight.device)
-        _replace(tree, name, layer)
-    return _use_fast_modules(_adopt(tree, mirror.model))
-
-
-@torch.no_grad()
-def requantize(drafter: nn.Module, mirror: Mirror) -> None:
-    """Quantizes the target mirror's current weights into the drafter, in place, layer by layer."""
-    for name, module in drafter.named_modules():
-        if isinstance(module, QuantizedLinear):
-            module.requantize_(mirror.model.get_submodule(name).weight)
-
-
-def drafter_bytes(drafter: nn.Module) -> int:
-    """Bytes the drafter holds beyond what it shares with the target mirror."""
-    return sum(module.nbytes for module in drafter.modules() if isinstance(module, QuantizedLinear))
 
 
 def _refuse_batch_dependent_rope(base: nn.Module) -> None:
@@ -201,6 +194,16 @@ def _meta_tree(base: nn.Module, attention: str, window: int | None = None) -> nn
     config._attn_implementation = attention
     with torch.device("meta"):
         return type(base)(config).eval()
+
+
+@torch.no_grad()
+def _embedding_dtype(base: nn.Module) -> torch.dtype | None:
+    """The dtype that a hook gives the embeddings' output (TRL's `cast_lm_head_to_fp32` on tied weights), if one does."""
+    embeddings = inner_module(base.get_input_embeddings())
+    if not embeddings._forward_hooks or is_sharded(embeddings):
+        return None
+    dtype = embeddings(torch.zeros(1, dtype=torch.int64, device=embeddings.weight.device)).dtype
+    return None if dtype == embeddings.weight.dtype else dtype
 
 
 def _adopt(tree: nn.Module, donor: nn.Module) -> nn.Module:
