@@ -167,7 +167,10 @@ def _merged_on_a_copy(layer: BaseTunerLayer, names: list[str], attribute: str) -
         raise NotImplementedError(f"{_name(layer)} around a quantized layer can't be merged")
     clone = copy.deepcopy(layer)
     clone.float()  # type: ignore[operator]
-    clone.merge(adapter_names=names)
+    try:
+        clone.merge(adapter_names=names)
+    except ValueError as error:
+        raise NotImplementedError(f"{_name(layer)}: {error}") from error
     merged = gathered(getattr(clone.get_base_layer(), attribute))
     return None if merged is None or value is None else merged.detach().to(value.dtype)
 

@@ -46,7 +46,7 @@ def selfspec_attention(
     """
     cache: PagedCache = module.paged_cache  # type: ignore[assignment]
     plain = softcap is None and s_aux is None
-    layer = cache.layers[module.layer_idx]  # type: ignore[index]
+    layer = cache.pages_of[module.layer_idx]  # type: ignore[index]
     if plain and cache.rows_in_place and kernels.can_attend(query, key, value, layer.keys):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         storage = layer.keys, layer.values, cache.positions, cache.write_index, cache.num_slots

@@ -22,6 +22,8 @@ class PagedLayer(CacheLayerMixin):
 
     is_compileable = False
     is_sliding = False
+    keys: Tensor  # never None once initialised
+    values: Tensor
 
     def __init__(self, owner: "PagedCache") -> None:
         super().__init__()
@@ -34,7 +36,8 @@ class PagedLayer(CacheLayerMixin):
         def storage(states: Tensor) -> Tensor:  # zeros: a masked NaN from uninitialised memory would poison 0 * NaN
             return states.new_zeros((owner.num_pages, owner.page_size, states.shape[1], states.shape[3]), dtype=dtype)
 
-        self.keys, self.values = storage(key_states), storage(value_states)
+        self.keys = storage(key_states)  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.values = storage(value_states)  # pyright: ignore[reportIncompatibleVariableOverride]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -47,7 +50,6 @@ class PagedLayer(CacheLayerMixin):
 
     def write(self, key_states: Tensor, value_states: Tensor) -> None:
         """Writes `(B, K, T, D)` states to the current forward's slots."""
-        assert self.keys is not None and self.values is not None
         index = self.owner.write_index
         for storage, states in ((self.keys, key_states), (self.values, value_states)):
             flat = states.transpose(1, 2).reshape(-1, states.shape[1], states.shape[3])
@@ -83,7 +85,8 @@ class PagedCache(Cache):
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(layers=[PagedLayer(self) for _ in range(num_layers)])
+        self.pages_of = [PagedLayer(self) for _ in range(num_layers)]  # by layer; transformers' `layers`, typed
+        super().__init__(layers=list(self.pages_of))
         self.dense = page_size is None
         self.page_size = row_capacity if page_size is None else page_size
         self.pages_per_row = -(-row_capacity // self.page_size)
@@ -133,14 +136,15 @@ class PagedCache(Cache):
 
     def keys_and_values(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Slots 0..num_slots-1 of the current rows, `(B, num_slots, K, D)` each; views where rows are dense."""
-        layer = self.layers[layer_idx]
+        layer = self.pages_of[layer_idx]
         num_rows = len(self.positions)
         if self.dense and self.rows is None:
             window = slice(1, num_rows + 1), slice(0, self.num_slots)
             return layer.keys[window], layer.values[window]
         table = self._table[:num_rows] if self.rows is None else self._table[self.rows]
         pages = table[:, : -(-self.num_slots // self.page_size)]
-        return tuple(storage[pages].flatten(1, 2)[:, : self.num_slots] for storage in (layer.keys, layer.values))
+        keys, values = (storage[pages].flatten(1, 2)[:, : self.num_slots] for storage in (layer.keys, layer.values))
+        return keys, values
 
     def bias(self, sliding_window: int | None, repeats: int, dtype: torch.dtype) -> Tensor:
         """Additive visibility mask `(B, 1, repeats * T, S)`, built once per forward and window.
@@ -212,10 +216,10 @@ class PagedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all pages of all layers that have been written to."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.pages_of if layer.is_initialized)
 
     def _copy_page(self, source: int, targets: int | list[int], num_slots: int) -> None:
-        for layer in self.layers:
+        for layer in self.pages_of:
             if layer.is_initialized:
                 for storage in (layer.keys, layer.values):
                     storage[targets, :num_slots] = storage[source, :num_slots]

@@ -95,7 +95,7 @@ class SelfSpecEngine:
         self._mirror = Mirror(model, autocast_dtype, param_dtype)
         embeddings = self._mirror.model.get_input_embeddings().weight
         self.device, self._vocab_size = embeddings.device, embeddings.shape[0]
-        self._dtype = autocast_dtype or embeddings.dtype
+        self._dtype = self._mirror.dtype
         self._context_length = getattr(self._text_config, "max_position_embeddings", None)
         self_check(self._mirror, self._forward_context())
         self.draft_qtype = resolve_qtype(self.options.draft_qtype, self.device, self._dtype)
@@ -200,10 +200,14 @@ class SelfSpecEngine:
         self, requests: list[Request], law: SamplingLaw, seed: int, on_round: Callable[[Progress], None] | None
     ) -> Rollout:
         capacity = max(request.limit for request in requests) + self.options.longest_draft + 1
-        max_rows = self.options.max_batch_size or affordable_rows(self._text_config, self._dtype, capacity, self.device)
+        max_rows = self.options.max_batch_size or affordable_rows(
+            self._text_config, self._dtype, capacity, self.device
+        )
         max_rows = min(max_rows, len(requests))
         cache = self._ensure_cache(max_rows, capacity)
-        verification = GreedyVerification() if law.greedy else self._verification(torch.tensor(seed, device=self.device))
+        verification = (
+            GreedyVerification() if law.greedy else self._verification(torch.tensor(seed, device=self.device))
+        )
         runner = RoundRunner(
             target=self._mirror.model,
             drafter=None,

@@ -1,8 +1,8 @@
 """Twin module trees of the policy that the engine may run as it likes.
 
 The policy module carries hooks, autocast wrappers, dropout, gradient checkpointing and sharding; generating with it
-means working around all of them. Instead `type(policy)(config)` is built on the meta device and each tensor is *aliased*
-to the policy's where dtype and placement allow, else *copied* and refreshed in place. The target mirror holds the law
+means working around all of them. Instead `type(policy)(config)` is built on the meta device, each tensor *aliased* to
+the policy's where dtype and placement allow, else *copied* and refreshed in place. The target mirror holds the law
 that samples follow; the drafter is the target mirror with its Linear weights quantized. Storage addresses never change
 over a refresh.
 """
@@ -34,11 +34,11 @@ class MirrorLinear(nn.Module):
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         super().__init__()
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias, self.dtype = weight, bias, weight.dtype
         self._linear = prepare_linear(weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._linear(x.to(self.weight.dtype))
+        return self._linear(x if x.dtype is self.dtype else x.to(self.dtype))
 
 
 class Mirror:
@@ -82,8 +82,15 @@ class Mirror:
 
     @property
     def stale(self) -> bool:
-        """Whether the policy changed since the last `refresh`: in place, by a step or a load, or by another adapter."""
+        """Whether the policy changed since the last `refresh`: in place (a step, a load) or by another adapter."""
         return self._state != self._policy_state()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which Linear layers compute; embeddings, norms and a head may have others."""
+        layers = (module for module in self.model.modules() if isinstance(module, MirrorLinear))
+        first = next(layers, self.model.get_input_embeddings())
+        return self.autocast_dtype or first.weight.dtype
 
     @property
     def num_layers(self) -> int:
@@ -198,7 +205,7 @@ def _meta_tree(base: nn.Module, attention: str, window: int | None = None) -> nn
 
 @torch.no_grad()
 def _embedding_dtype(base: nn.Module) -> torch.dtype | None:
-    """The dtype that a hook gives the embeddings' output (TRL's `cast_lm_head_to_fp32` on tied weights), if one does."""
+    """The dtype a hook gives the embeddings' output (TRL's `cast_lm_head_to_fp32` on tied weights), if one does."""
     embeddings = inner_module(base.get_input_embeddings())
     if not embeddings._forward_hooks or is_sharded(embeddings):
         return None

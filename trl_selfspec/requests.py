@@ -65,8 +65,8 @@ def _checked_prompt(
     if min(ids) < 0 or max(ids) >= vocab_size:
         wrong = next(token for token in ids if not 0 <= token < vocab_size)
         raise ValueError(
-            f"Prompt {row_id} holds the token id {wrong}, but the model's vocabulary has {vocab_size} entries; use the "
-            "model's own tokenizer."
+            f"Prompt {row_id} holds the token id {wrong}, but the model's vocabulary has {vocab_size} entries; use "
+            "the model's own tokenizer."
         )
     if context_length is not None and len(ids) >= context_length:
         raise ValueError(

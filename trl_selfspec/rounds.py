@@ -212,7 +212,9 @@ class RoundRunner:
         target_nan = (logprobs.isnan() & (offsets < emitted[:, None])).any()
         lengths += emitted
         finished = stopped | (lengths >= limits)
-        flat = torch.cat([finished.long(), emitted, verdict.num_accepted, torch.stack([draft_nan.long(), target_nan.long()])])
+        flat = torch.cat(
+            [finished.long(), emitted, verdict.num_accepted, torch.stack([draft_nan.long(), target_nan.long()])]
+        )
         host = flat.tolist()  # host sync: the only one of a round
         return RoundResult(
             [bool(flag) for flag in host[:num_rows]],

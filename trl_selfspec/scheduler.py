@@ -50,7 +50,7 @@ class Scheduler:
         self.active[row], self.lengths[row] = request, len(request.prompt)
 
     def retire(self, row: int) -> int:
-        """Frees `row`; the last active row takes its place. Returns the row that moved (`row` itself if it was last)."""
+        """Frees `row` and puts the last active row in its place. Returns that row (`row` itself if it was last)."""
         last = len(self.active) - 1
         self.active[row], self.lengths[row] = self.active[last], self.lengths[last]
         del self.active[last], self.lengths[last]

@@ -40,13 +40,15 @@ def self_check(mirror: Mirror, context: contextlib.AbstractContextManager) -> No
     try:
         with context:
             checked, reference = mirror.shortsighted(WINDOW)
-            expected = torch.stack([reference(input_ids=row[None], use_cache=False).logits[0].float() for row in tokens])
+            expected = torch.stack(
+                [reference(input_ids=row[None], use_cache=False).logits[0].float() for row in tokens]
+            )
             if not expected.isfinite().all():
                 raise ValueError(f"{name} gives logits that are not finite; check its weights before generating.")
             errors = _ragged_errors(checked, mirror.num_layers, tokens, expected)
     except (RuntimeError, TypeError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
         raise UnsupportedModelError(f"{name} does not run on the engine's cache and attention: {error}") from error
-    fp32 = mirror.autocast_dtype is None and weight.dtype == torch.float32
+    fp32 = mirror.dtype == torch.float32
     error = errors.max() if fp32 else errors.median()
     if error > (FP32_TOLERANCE if fp32 else LOW_PRECISION_TOLERANCE):
         raise UnsupportedModelError(
