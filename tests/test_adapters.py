@@ -1,4 +1,4 @@
-"""PEFT laws: the mirror computes what the policy computes with its active adapters, follows them, and leaves it alone."""
+"""PEFT laws: the mirror computes what the policy does with its active adapters, follows them, and leaves it alone."""
 
 import copy
 from collections.abc import Callable
@@ -55,7 +55,12 @@ def snapshot(policy: nn.Module) -> dict[str, Any]:
         name: (tensor.data_ptr(), tensor._version, tensor.requires_grad, tensor.detach().clone().numpy().tobytes())
         for name, tensor in tensors
     } | {
-        f"{name} (module)": (module.training, type(module), tuple(getattr(module, "merged_adapters", ())), sorted(vars(module)))
+        f"{name} (module)": (
+            module.training,
+            type(module),
+            tuple(getattr(module, "merged_adapters", ())),
+            sorted(vars(module)),
+        )
         for name, module in policy.named_modules()
     }
 
@@ -146,7 +151,10 @@ def test_other_methods_merge_on_a_copy(method: str) -> None:
         ("llama", {"target_modules": LAYERS}),
         ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
         ("gemma3_text", {"target_modules": ["embed_tokens", "q_proj"]}),
-        ("qwen3_moe", {"target_modules": ["q_proj"], "lora_dropout": 0.0, "target_parameters": ["mlp.experts.down_proj"]}),
+        (
+            "qwen3_moe",
+            {"target_modules": ["q_proj"], "lora_dropout": 0.0, "target_parameters": ["mlp.experts.down_proj"]},
+        ),
         (
             "qwen3_moe",
             {
@@ -184,7 +192,7 @@ def test_adapters_fit_other_kinds_of_layers(family: str, values: dict[str, Any])
 )
 @pytest.mark.parametrize("autocast_dtype", [None, torch.bfloat16])
 def test_tied_weights_may_be_adapted_on_one_side(values: dict[str, Any], autocast_dtype: torch.dtype | None) -> None:
-    """Prevents an adapter of the embeddings that reaches the head, or the other way round, through the shared tensor."""
+    """Prevents an adapter of the embeddings that reaches the head, or the reverse, through the shared tensor."""
     policy = adapted(model_values={"tie_word_embeddings": True, "std": 0.05}, **values)
     ours, theirs = logits_of(policy, autocast_dtype), policy_logits(policy, autocast_dtype)
     exact = policy_logits(policy)

@@ -5,8 +5,10 @@ Other PEFT methods merge themselves on a copy of the layer. What has no merged f
 """
 
 import copy
+from typing import cast
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
@@ -15,13 +17,14 @@ from peft.utils.integrations import dequantize_bnb_weight
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from trl_selfspec.sharding import gathered
 
 
-def base_model(policy: nn.Module) -> nn.Module:
+def base_model(policy: nn.Module) -> PreTrainedModel:
     """The transformers model inside `policy`, PEFT's wrapper removed."""
-    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    return cast(PreTrainedModel, policy.get_base_model() if isinstance(policy, PeftModel) else policy)
 
 
 def find_module(base: nn.Module, path: str) -> nn.Module:
@@ -127,7 +130,7 @@ def _adds_up(layer: BaseTunerLayer, names: list[str]) -> bool:
     if not isinstance(layer, LoraLayer):
         return False
     variants = [layer.lora_variant[name] for name in names if name in layer.lora_variant]
-    dora = all(type(variant) is DoraLinearVariant for variant in variants) and not layer.fan_in_fan_out
+    dora = all(type(variant) is DoraLinearVariant for variant in variants) and not layer.fan_in_fan_out  # type: ignore[attr-defined]
     return not variants or dora
 
 

@@ -9,6 +9,7 @@ from collections import Counter
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from trl_selfspec import kernels
 from trl_selfspec.adapters import effective_tensor, find_module, frozen_state, inner_module, lora_factors
@@ -51,7 +52,9 @@ class LiveLoraLinear(QuantizedLinear):
         return super().nbytes + sum(factor.nbytes for factor in (self.down, self.up) if factor is not None)
 
 
-def make_drafter(mirror: Mirror, qtype: str, quantize_lm_head: bool = True, live_adapters: bool = False) -> nn.Module:
+def make_drafter(
+    mirror: Mirror, qtype: str, quantize_lm_head: bool = True, live_adapters: bool = False
+) -> PreTrainedModel:
     """The target mirror's tree and tensors with a `QuantizedLinear` for every Linear layer; fill it by `requantize`.
 
     Args:
@@ -75,7 +78,7 @@ def make_drafter(mirror: Mirror, qtype: str, quantize_lm_head: bool = True, live
 
 @torch.no_grad()
 def requantize(drafter: nn.Module, mirror: Mirror) -> None:
-    """Quantizes the current weights into the drafter, in place, layer by layer; frozen ones that stayed are skipped."""
+    """Quantizes the current weights into the drafter, in place, layer by layer; skips frozen ones that stayed."""
     for name, module in drafter.named_modules():
         if not isinstance(module, QuantizedLinear):
             continue
@@ -98,11 +101,11 @@ def live_adapter_seconds(mirror: Mirror, num_rows: int) -> float | None:
     between two changes of the weights, is less than requantizing takes.
     """
     shapes: Counter[tuple[int, int, int]] = Counter()
+    like = mirror.embeddings.to(mirror.dtype)[:1]
     for name, module in mirror.model.named_modules():
         if isinstance(module, MirrorLinear) and (factors := lora_factors(find_module(mirror.base, name))) is not None:
             down, up = factors
             shapes[down.shape[1], down.shape[0], up.shape[0]] += 1
-            like = module.weight
     return sum(count * _seconds(like, num_rows, *shape) for shape, count in shapes.items()) if shapes else None
 
 

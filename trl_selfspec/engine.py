@@ -93,8 +93,7 @@ class SelfSpecEngine:
         self.options = options or SelfSpecOptions()
         self.autocast_dtype = autocast_dtype
         self._mirror = Mirror(model, autocast_dtype, param_dtype)
-        embeddings = self._mirror.model.get_input_embeddings().weight
-        self.device, self._vocab_size = embeddings.device, embeddings.shape[0]
+        self.device, self._vocab_size = self._mirror.embeddings.device, len(self._mirror.embeddings)
         self._dtype = self._mirror.dtype
         self._context_length = getattr(self._text_config, "max_position_embeddings", None)
         self_check(self._mirror, self._forward_context())

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from trl_selfspec.adapters import adapter_state, base_model, effective_tensor, find_module, inner_module, is_sharded
 from trl_selfspec.attention import IMPLEMENTATION
@@ -89,8 +90,13 @@ class Mirror:
     def dtype(self) -> torch.dtype:
         """The dtype in which Linear layers compute; embeddings, norms and a head may have others."""
         layers = (module for module in self.model.modules() if isinstance(module, MirrorLinear))
-        first = next(layers, self.model.get_input_embeddings())
-        return self.autocast_dtype or first.weight.dtype
+        first = next((layer.weight for layer in layers), self.embeddings)
+        return self.autocast_dtype or first.dtype
+
+    @property
+    def embeddings(self) -> Tensor:
+        """The input embeddings, `(V, hidden)`."""
+        return self.model.get_input_embeddings().weight  # type: ignore[return-value]
 
     @property
     def num_layers(self) -> int:
@@ -112,7 +118,7 @@ class Mirror:
         attention: str = IMPLEMENTATION,
         linear: Callable[[str, MirrorLinear], nn.Module] = lambda name, layer: layer,
         window: int | None = None,
-    ) -> nn.Module:
+    ) -> PreTrainedModel:
         """Another tree with this mirror's tensors.
 
         Args:
@@ -126,14 +132,15 @@ class Mirror:
                 _replace(tree, name, linear(name, module))
         return self._complete(_adopt(tree, self.model))
 
-    def shortsighted(self, window: int) -> tuple[nn.Module, nn.Module]:
+    def shortsighted(self, window: int) -> tuple[PreTrainedModel, PreTrainedModel]:
         """Twins of the mirror, with its own and with transformers' attention, that see at most `window` tokens back.
 
         For the self-check: a window that its few tokens never fill would not be checked at all.
         """
-        return self.tree(window=window), self.tree(self.base.config._attn_implementation, window=window)
+        stock = self.base.config._attn_implementation or "eager"
+        return self.tree(window=window), self.tree(stock, window=window)
 
-    def _complete(self, tree: nn.Module) -> nn.Module:
+    def _complete(self, tree: PreTrainedModel) -> PreTrainedModel:
         """What a tree needs besides its tensors."""
         if tree.config._attn_implementation == IMPLEMENTATION:
             _use_fast_modules(tree)
@@ -148,7 +155,7 @@ class Mirror:
         for attribute, _ in list(_own_tensors(module)):
             self._mirror_tensor(module, name, attribute)
         if type(module) is nn.Linear:
-            _replace(self.model, name, MirrorLinear(module.weight, module.bias))
+            _replace(self.model, name, MirrorLinear(module.weight, module.bias))  # type: ignore[arg-type]
 
     def _read(self, name: str, attribute: str) -> Tensor:
         try:
@@ -182,7 +189,7 @@ class Mirror:
         return self.autocast_dtype if cast else tensor.dtype  # type: ignore[return-value]
 
 
-def _refuse_batch_dependent_rope(base: nn.Module) -> None:
+def _refuse_batch_dependent_rope(base: PreTrainedModel) -> None:
     rope = getattr(base.config.get_text_config(decoder=True), "rope_parameters", None) or {}
     if rope.get("rope_type") in BATCH_DEPENDENT_ROPE:
         raise UnsupportedModelError(
@@ -191,7 +198,7 @@ def _refuse_batch_dependent_rope(base: nn.Module) -> None:
         )
 
 
-def _meta_tree(base: nn.Module, attention: str, window: int | None = None) -> nn.Module:
+def _meta_tree(base: PreTrainedModel, attention: str, window: int | None = None) -> PreTrainedModel:
     config = copy.deepcopy(base.config)
     text_config = config.get_text_config(decoder=True)
     if window is not None:
@@ -204,16 +211,17 @@ def _meta_tree(base: nn.Module, attention: str, window: int | None = None) -> nn
 
 
 @torch.no_grad()
-def _embedding_dtype(base: nn.Module) -> torch.dtype | None:
+def _embedding_dtype(base: PreTrainedModel) -> torch.dtype | None:
     """The dtype a hook gives the embeddings' output (TRL's `cast_lm_head_to_fp32` on tied weights), if one does."""
     embeddings = inner_module(base.get_input_embeddings())
     if not embeddings._forward_hooks or is_sharded(embeddings):
         return None
-    dtype = embeddings(torch.zeros(1, dtype=torch.int64, device=embeddings.weight.device)).dtype
-    return None if dtype == embeddings.weight.dtype else dtype
+    weight: Tensor = embeddings.weight  # type: ignore[assignment]
+    dtype = embeddings(torch.zeros(1, dtype=torch.int64, device=weight.device)).dtype
+    return None if dtype == weight.dtype else dtype
 
 
-def _adopt(tree: nn.Module, donor: nn.Module) -> nn.Module:
+def _adopt(tree: PreTrainedModel, donor: nn.Module) -> PreTrainedModel:
     """Points every tensor of `tree` that is still on meta at the donor's of the same name."""
     for name, module in tree.named_modules():
         for attribute, tensor in list(_own_tensors(module)):

@@ -33,7 +33,7 @@ def self_check(mirror: Mirror, context: contextlib.AbstractContextManager) -> No
         ValueError: the policy's own logits are not finite.
     """
     name = type(mirror.base).__name__
-    weight = mirror.model.get_input_embeddings().weight
+    weight = mirror.embeddings
     total = max(PROMPT_LENGTHS) + STEPS * STEP_TOKENS
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(weight.shape[0], (len(PROMPT_LENGTHS), total), generator=generator).to(weight.device)
