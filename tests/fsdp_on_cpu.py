@@ -43,7 +43,7 @@ if __name__ == "__main__":
     sys.argv = sys.argv[1:]
     sys.path.insert(0, str(Path(sys.argv[0]).parent))
     runpy.run_path(sys.argv[0], run_name="__main__")
-    # All work is done and saved. gloo's threads sometimes outlive the interpreter, which then aborts ("terminate called
+    # All is done and saved. gloo's threads sometimes outlive the interpreter, which then aborts ("terminate called
     # without an active exception"); leave without the interpreter's teardown.
     sys.stdout.flush()
     sys.stderr.flush()
