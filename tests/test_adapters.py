@@ -1,72 +1,25 @@
 """PEFT laws: the mirror computes what the policy does with its active adapters, follows them, and leaves it alone."""
 
-import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from adapted import LAYERS, SWITCHES, adapted, difference, greedy, snapshot, speculating, stir, two_adapters
 from mirrored import logits_of, mirror_logits, policy_logits
-from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import ragged_prompts, tiny_model
-from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from peft import LoraConfig, get_peft_model
+from tiny_models import tiny_model
+from trl_runs import ALWAYS_SPECULATE, FP32_LOGP_TOLERANCE, make_trainer, train, weights
 
 from trl_selfspec import adapters
-from trl_selfspec.drafter import LiveLoraLinear, make_drafter, requantize
-from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec import mirror as mirrors
 from trl_selfspec.mirror import Mirror, UnsupportedModelError
-from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.quantize import QuantizedLinear
 
 
 FP32_TOLERANCE = 1e-4  # a merged layer sums in another order; logits are of size 5
 MATTERS = 0.05  # an adapter moves logits by more than this, or a test of it proves nothing
-LAYERS = ["q_proj", "v_proj", "down_proj"]
-
-
-def stir(policy: nn.Module, seed: int = 3, std: float = 0.15) -> None:
-    """Moves all that is trained: PEFT initialises most adapters to none at all."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=std)
-
-
-def adapted(
-    family: str = "qwen2",
-    config: peft.PeftConfig | None = None,
-    model_values: dict[str, Any] | None = None,
-    **values: Any,
-) -> PeftModel:
-    model = tiny_model(family, **(model_values or {}))
-    defaults = {"r": 4, "lora_alpha": 8, "target_modules": LAYERS, "lora_dropout": 0.1, "task_type": "CAUSAL_LM"}
-    policy = get_peft_model(model, config or LoraConfig(**defaults | values))
-    stir(policy)
-    return policy
-
-
-def snapshot(policy: nn.Module) -> dict[str, Any]:
-    """All of a policy that a mirror must leave as it was, bit for bit."""
-    tensors = [*policy.named_parameters(remove_duplicate=False), *policy.named_buffers(remove_duplicate=False)]
-    return {
-        name: (tensor.data_ptr(), tensor._version, tensor.requires_grad, tensor.detach().clone().numpy().tobytes())
-        for name, tensor in tensors
-    } | {
-        f"{name} (module)": (
-            module.training,
-            type(module),
-            tuple(getattr(module, "merged_adapters", ())),
-            sorted(vars(module)),
-        )
-        for name, module in policy.named_modules()
-    }
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().max().item()
 
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -200,25 +153,6 @@ def test_tied_weights_may_be_adapted_on_one_side(values: dict[str, Any], autocas
     assert difference(ours, exact) < max(FP32_TOLERANCE, 2 * rounding)
 
 
-def two_adapters(**values: Any) -> PeftModel:
-    policy = adapted(**values)
-    policy.add_adapter("ref", copy.deepcopy(policy.peft_config["default"]))
-    policy.set_adapter("ref")
-    stir(policy, seed=4)
-    policy.set_adapter("default")
-    return policy
-
-
-SWITCHES: dict[str, Callable[[PeftModel], Any]] = {
-    "set_adapter": lambda policy: policy.set_adapter("ref"),
-    "both": lambda policy: policy.base_model.set_adapter(["default", "ref"]),
-    "disabled": lambda policy: policy.base_model.disable_adapter_layers(),
-    "scaled": lambda policy: [m.scale_layer(3.0) for m in policy.modules() if hasattr(m, "scale_layer")],
-    "merged": lambda policy: policy.merge_adapter(),
-    "deleted": lambda policy: policy.delete_adapter("default"),
-}
-
-
 @pytest.mark.filterwarnings("ignore:Adapter default was active which is now deleted")
 @pytest.mark.parametrize("saved_head", [False, True], ids=["lora", "saved_head"])
 @pytest.mark.parametrize("switch", SWITCHES)
@@ -241,8 +175,6 @@ def test_another_active_adapter_is_noticed_and_followed(switch: str, saved_head:
 
 def test_versions_do_not_see_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: without the state of the adapters the switch above goes unnoticed."""
-    from trl_selfspec import mirror as mirrors
-
     monkeypatch.setattr(mirrors, "adapter_state", lambda base: ())
     policy = two_adapters()
     mirror = Mirror(policy)
@@ -360,15 +292,6 @@ def test_a_trained_adapter_of_16_bit_weights_is_rounded_once() -> None:
     assert torch.equal(merged, exact.to(torch.bfloat16))
 
 
-def greedy(engine: SelfSpecEngine) -> tuple[list[list[int]], float]:
-    output = engine.generate(ragged_prompts([3, 7, 12]), GenerationConfig(max_new_tokens=12, do_sample=False))
-    return output.completion_ids, output.stats.alpha
-
-
-def speculating(policy: PreTrainedModel | PeftModel) -> SelfSpecEngine:
-    return SelfSpecEngine(policy, SelfSpecOptions("qint8", num_speculative_tokens=3, max_active_sequences=8))  # type: ignore[arg-type]
-
-
 def test_the_engine_follows_a_switch() -> None:
     """Prevents the engine from refusing, or sampling from the other adapter, after `set_adapter`."""
     policy = two_adapters()
@@ -383,118 +306,26 @@ def test_the_engine_follows_a_switch() -> None:
     assert first != second
 
 
-def codes(tree: nn.Module) -> dict[str, Tensor]:
-    layers = {name: module for name, module in tree.named_modules() if isinstance(module, QuantizedLinear)}
-    return {f"{name}.{key}": buffer for name, layer in layers.items() for key, buffer in layer.named_buffers()}
+TRAINED: dict[str, dict[str, Any]] = {
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "dropout": {"lora_dropout": 0.3},
+    "saved_head": {"modules_to_save": ["lm_head"]},
+}
 
 
-@pytest.fixture
-def requantized(monkeypatch: pytest.MonkeyPatch) -> list[QuantizedLinear]:
-    """Collects the layers that are quantized."""
-    layers: list[QuantizedLinear] = []
-    original = QuantizedLinear.requantize_
-
-    def recorded(layer: QuantizedLinear, weight: Tensor) -> None:
-        layers.append(layer)
-        original(layer, weight)
-
-    monkeypatch.setattr(QuantizedLinear, "requantize_", recorded)
-    return layers
-
-
-@pytest.mark.parametrize("live", [False, True])
-def test_only_layers_that_changed_are_quantized_again(live: bool, requantized: list[QuantizedLinear]) -> None:
-    """Prevents a refresh that quantizes frozen weights over and over, and one that skips what is trained."""
-    policy = adapted(modules_to_save=["lm_head"], target_modules=["q_proj", "v_proj"])
-    mirror = Mirror(policy)
-    tree = make_drafter(mirror, "qint8", live_adapters=live)
-    requantize(tree, mirror)
-    assert len(requantized) == 15
-    requantized.clear()
-    stir(policy, seed=5)
-    mirror.refresh()
-    requantize(tree, mirror)
-    assert len(requantized) == (1 if live else 5)
-    fresh = make_drafter(mirror, "qint8", live_adapters=live)
-    requantize(fresh, mirror)
-    assert all(map(torch.equal, codes(tree).values(), codes(fresh).values()))
-    assert difference(draft_logits(tree), draft_logits(fresh)) == 0
-
-
-def test_trained_weights_are_always_quantized_again(requantized: list[QuantizedLinear]) -> None:
-    """Prevents a drafter that stays behind an optimizer which writes past the version counters."""
-    model = tiny_model("llama")
-    mirror = Mirror(model)
-    tree = make_drafter(mirror, "qint8")
-    for _ in range(2):
-        requantize(tree, mirror)
-        model.lm_head.weight.data.add_(1.0)
-    assert len(requantized) == 30
-
-
-@torch.no_grad()
-def draft_logits(tree: nn.Module) -> Tensor:
-    """A drafter without its cache: the first Linear layers stand for all."""
-    layers = [module for module in tree.modules() if isinstance(module, QuantizedLinear)]
-    generator = torch.Generator().manual_seed(2)
-    inputs = (torch.randn(3, layer.in_features, generator=generator, dtype=layer.dtype) for layer in layers)
-    return torch.cat([layer(x).flatten().float() for layer, x in zip(layers, inputs, strict=True)])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_live_adapters_add_what_merging_adds(dtype: torch.dtype) -> None:
-    """Prevents a drafter of the base model, or of the adapter of the step before."""
-    policy = adapted(model_values={"dtype": dtype}, use_rslora=True)
-    mirror = Mirror(policy)
-    tree = make_drafter(mirror, "qint8", live_adapters=True)
-    requantize(tree, mirror)
-    for seed in (5, 6):
-        for name, layer in tree.named_modules():
-            if isinstance(layer, LiveLoraLinear):
-                source = adapters.find_module(mirror.base, name)
-                merged = mirror.model.get_submodule(name).weight.float()
-                apart = layer.dequantize().float() + layer.up.float() @ layer.down.float()
-                rounding = (layer.dequantize().float() - source.base_layer.weight.float()).abs().max()
-                assert difference(apart, merged) < rounding + 0.02 * merged.abs().max()
-                x = torch.randn(5, layer.in_features).to(dtype)
-                expected = x.float() @ apart.T + (0 if layer.bias is None else layer.bias.float())
-                assert difference(layer(x).float(), expected) < 0.02 * expected.abs().max()
-        stir(policy, seed)
-        mirror.refresh()
-        requantize(tree, mirror)
-    assert any(isinstance(module, LiveLoraLinear) for module in tree.modules())
-
-
-def test_live_adapters_follow_switches(requantized: list[QuantizedLinear]) -> None:
-    """Prevents a drafter with the adapter that was active before, or with its leftovers on top of a merged weight."""
-    policy = two_adapters()
-    mirror = Mirror(policy)
-    tree = make_drafter(mirror, "qint8", live_adapters=True)
-    requantize(tree, mirror)
-    for change in ("set_adapter", "scaled", "disabled", "enabled", "merged"):
-        (SWITCHES | {"enabled": lambda policy: policy.base_model.enable_adapter_layers()})[change](policy)
-        mirror.refresh()
-        requantize(tree, mirror)
-        fresh = make_drafter(mirror, "qint8", live_adapters=True)
-        requantize(fresh, mirror)
-        assert difference(draft_logits(tree), draft_logits(fresh)) < FP32_TOLERANCE, change
-
-
-def test_the_engine_drafts_with_live_adapters() -> None:
-    """Prevents a form that is never accepted: live adapters are not quantized, so it drafts no worse than merged."""
-    policy = adapted()
-    engines = [speculating(policy) for _ in range(3)]
-    for live, engine in zip((False, True, True), engines, strict=True):
-        engine._drafter = make_drafter(engine._mirror, engine.draft_qtype, live_adapters=live)
-    expected, merged = greedy(engines[0])
-    tokens, alpha = greedy(engines[1])
-    assert tokens == expected
-    assert alpha > merged - 0.1
-    requantize(engines[2]._drafter, engines[2]._mirror)
-    for module in engines[2]._drafter.modules():
-        if isinstance(module, LiveLoraLinear):
-            module.up.neg_()
-    engines[2]._drafter_version = engines[2]._wanted_version
-    tokens, broken = greedy(engines[2])
-    assert tokens == expected
-    assert broken < alpha - 0.2, "negative control: adapters of the wrong sign draft badly"
+@pytest.mark.parametrize("form", TRAINED)
+def test_each_form_trains(tmp_path: Path, form: str) -> None:
+    """Each reaches the optimizer, the checkpoints' hooks and the engine by another way."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **TRAINED[form])
+    trainer = make_trainer(
+        tmp_path, trainer_kwargs={"peft_config": config}, disable_dropout=form == "dropout", **ALWAYS_SPECULATE
+    )
+    before = weights(trainer)
+    for entry in train(trainer):
+        assert entry["selfspec/fallback"] == 0
+        assert entry["selfspec/alpha"] > 0
+        assert entry["sampling/sampling_logp_difference/max"] < FP32_LOGP_TOLERANCE
+    trained = ("lora_", "modules_to_save")
+    for name, tensor in weights(trainer).items():
+        assert torch.equal(tensor, before[name]) != any(part in name for part in trained), name

@@ -111,6 +111,11 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in module.parameters())
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Whether it is a 4-bit layer of bitsandbytes."""
+    return type(getattr(module, "weight", None)).__name__ == "Params4bit"
+
+
 def _contributing(module: nn.Module) -> list[tuple[BaseTunerLayer, list[str]]]:
     """The tuner layers around a module, from the inside out, each with the adapters that its forward adds."""
     found = []
@@ -166,7 +171,7 @@ def _lora_delta(layer: LoraLayer, name: str, weight: Tensor | None) -> Tensor:
 
 def _merged_on_a_copy(layer: BaseTunerLayer, names: list[str], attribute: str) -> Tensor | None:
     value = _dense(layer.get_base_layer(), attribute)
-    if _is_quantized(layer.get_base_layer()):
+    if is_quantized(layer.get_base_layer()):
         raise NotImplementedError(f"{_name(layer)} around a quantized layer can't be merged")
     clone = copy.deepcopy(layer)
     clone.float()  # type: ignore[operator]
@@ -187,17 +192,15 @@ def _active_copy(wrapper: AuxiliaryTrainingWrapper) -> nn.Module:
     return wrapper.modules_to_save[active]
 
 
-def _is_quantized(module: nn.Module) -> bool:
-    return type(getattr(module, "weight", None)).__name__ == "Params4bit"
-
-
 def _dense(module: nn.Module, attribute: str) -> Tensor | None:
     """The tensor itself, whole, in the dtype in which the module computes."""
     tensor = getattr(module, attribute)
-    if attribute == "weight" and _is_quantized(module):
-        if getattr(tensor.quant_state, "packing_format_for_cpu", False):
+    if is_quantized(module) and tensor is not None:
+        state = module.weight.quant_state  # type: ignore[union-attr]
+        if getattr(state, "packing_format_for_cpu", False):
             raise NotImplementedError("bitsandbytes has packed its 4-bit weights for CPU inference")
-        return dequantize_bnb_weight(tensor).to(module.compute_dtype)  # type: ignore[arg-type]
+        whole = dequantize_bnb_weight(tensor) if attribute == "weight" else tensor.detach()  # type: ignore[arg-type]
+        return whole.to(module.compute_dtype or state.dtype)  # type: ignore[arg-type, call-overload]
     if tensor is not None and type(tensor) not in (Tensor, nn.Parameter) and not isinstance(tensor, DTensor):
         raise NotImplementedError(f"weights of class {type(tensor).__name__} are quantized in a way of their own")
     return gathered(tensor)

@@ -101,7 +101,7 @@ def live_adapter_seconds(mirror: Mirror, num_rows: int) -> float | None:
     between two changes of the weights, is less than requantizing takes.
     """
     shapes: Counter[tuple[int, int, int]] = Counter()
-    like = mirror.embeddings.to(mirror.dtype)[:1]
+    like = mirror.embeddings[:1].to(mirror.dtype)
     for name, module in mirror.model.named_modules():
         if isinstance(module, MirrorLinear) and (factors := lora_factors(find_module(mirror.base, name))) is not None:
             down, up = factors

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trl_selfspec.adapters import adapter_state, base_model, effective_tensor, find_module, inner_module, is_sharded
+from trl_selfspec.adapters import (
+    adapter_state,
+    base_model,
+    effective_tensor,
+    find_module,
+    inner_module,
+    is_quantized,
+    is_sharded,
+)
 from trl_selfspec.attention import IMPLEMENTATION
 from trl_selfspec.kernels import fast_norm, prepare_linear
 from trl_selfspec.sharding import fingerprint, gathered_partitions
@@ -40,6 +48,13 @@ class MirrorLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._linear(x if x.dtype is self.dtype else x.to(self.dtype))
+
+
+class BitsAndBytesLinear(MirrorLinear):
+    """A dequantized 4-bit layer, which gives back the dtype it was given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(x.dtype)
 
 
 class Mirror:
@@ -155,7 +170,9 @@ class Mirror:
         for attribute, _ in list(_own_tensors(module)):
             self._mirror_tensor(module, name, attribute)
         if type(module) is nn.Linear:
-            _replace(self.model, name, MirrorLinear(module.weight, module.bias))  # type: ignore[arg-type]
+            quantized = is_quantized(inner_module(find_module(self.base, name)))
+            linear = BitsAndBytesLinear if quantized else MirrorLinear
+            _replace(self.model, name, linear(module.weight, module.bias))  # type: ignore[arg-type]
 
     def _read(self, name: str, attribute: str) -> Tensor:
         try:
