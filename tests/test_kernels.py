@@ -61,16 +61,19 @@ def within(y: Tensor, exact: Tensor, magnitude: Tensor) -> bool:
 @pytest.mark.parametrize("m", [*range(1, 12), 16, 17, 33, 64, 65, 130])
 @pytest.mark.parametrize(("n", "k"), [(768, 256), (31, 2049), (1, 17), (7, 100), (98, 1)])
 @pytest.mark.parametrize(("scale", "bias_dtype"), [(1e-4, None), (1.0, BF16), (1e4, FP32)])
-def test_bf16_kernel_equals_its_twin(m: int, n: int, k: int, scale: float, bias_dtype: torch.dtype | None):
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_dense_kernel_equals_its_twin(
+    m: int, n: int, k: int, scale: float, bias_dtype: torch.dtype | None, dtype: torch.dtype
+):
     """Catches wrong tails, tiles and biases."""
     torch.manual_seed(m * n * k)
-    x, w = (torch.randn(m, k) * scale).to(BF16), torch.randn(n, k).to(BF16)
+    x, w = (torch.randn(m, k) * scale).to(dtype), torch.randn(n, k).to(dtype)
     bias = None if bias_dtype is None else torch.randn(n).to(bias_dtype)
     exact = F.linear(x.double(), w.double(), None if bias is None else bias.double())
-    assert within(cpu.linear_bf16(x, w, bias), exact, F.linear(x.abs().double(), w.abs().double()) + 1)
+    assert within(cpu.linear_dense(x, w, bias), exact, F.linear(x.abs().double(), w.abs().double()) + 1)
     if m * n > 100:
         shifted = F.linear(x.roll(1, -1).double(), w.double()) if k > 1 else 2 * exact
-        assert not within(cpu.linear_bf16(x, w, bias), shifted, torch.zeros(()))
+        assert not within(cpu.linear_dense(x, w, bias), shifted, torch.zeros(()))
 
 
 @needs_kernels
@@ -112,17 +115,18 @@ def test_unpack_inverts_pack(k: int, group_size: int):
 
 
 @needs_kernels
-@pytest.mark.parametrize("kernel", ["bf16", "int4"])
+@pytest.mark.parametrize("kernel", ["bf16", "fp32", "int4"])
 def test_rows_do_not_see_their_neighbours(kernel: str):
     """An element's sum may depend neither on the batch nor on the threads, or a row's tokens would vary with its
     neighbours. Negative control: another order of summation does give other bits."""
     torch.manual_seed(0)
     n, k = 203, 2300
-    x, w = torch.randn(70, k).to(BF16), torch.randn(n, k).to(BF16)
+    dtype = FP32 if kernel == "fp32" else BF16
+    x, w = torch.randn(70, k).to(dtype), torch.randn(n, k).to(dtype)
     packed, scale_shift = random_int4(n, k, 128, BF16)
 
     def linear(rows: Tensor) -> Tensor:
-        return cpu.linear_bf16(rows, w) if kernel == "bf16" else cpu.linear_int4(rows, packed, scale_shift)
+        return cpu.linear_int4(rows, packed, scale_shift) if kernel == "int4" else cpu.linear_dense(rows, w)
 
     together = linear(x)
     for count in (*range(1, 12), 17, 64):
@@ -130,8 +134,8 @@ def test_rows_do_not_see_their_neighbours(kernel: str):
         assert torch.equal(linear(x[-count:]), together[-count:])
     torch.set_num_threads(3)
     assert torch.equal(linear(x), together)
-    if kernel == "bf16":
-        assert not torch.equal(cpu.linear_bf16(x.flip(1), w.flip(1)), together)
+    if kernel != "int4":
+        assert not torch.equal(cpu.linear_dense(x.flip(1), w.flip(1)), together)
 
 
 @needs_kernels
@@ -142,7 +146,7 @@ def test_broken_activations_stay_visible_in_their_row(value: float):
     x[1, 100] = value
     packed, scale_shift = random_int4(16, 256, 128, FP32)
     w = torch.randn(16, 256).to(BF16)
-    for y in (cpu.linear_int4(x, packed, scale_shift), cpu.linear_bf16(x.to(BF16), w)):
+    for y in (cpu.linear_int4(x, packed, scale_shift), cpu.linear_dense(x.to(BF16), w)):
         assert not y[1].isfinite().any()
         assert y[[0, 2]].isfinite().all()
 
@@ -152,8 +156,8 @@ def test_shapes_follow_the_input():
     """Leading dimensions, rows that are not contiguous, and no rows at all."""
     w = torch.randn(8, 64).to(BF16)
     x = torch.randn(3, 5, 128).to(BF16)[..., ::2]
-    assert torch.equal(cpu.linear_bf16(x, w), cpu.linear_bf16(x.reshape(15, 64).clone(), w).view(3, 5, 8))
-    assert cpu.linear_bf16(x[:0], w).shape == (0, 5, 8)
+    assert torch.equal(cpu.linear_dense(x, w), cpu.linear_dense(x.reshape(15, 64).clone(), w).view(3, 5, 8))
+    assert cpu.linear_dense(x[:0], w).shape == (0, 5, 8)
     packed, scale_shift = random_int4(8, 64, 64, BF16)
     assert cpu.linear_int4(x[0], packed, scale_shift).shape == (5, 8)
     assert cpu.linear_int4(x[:0], packed, scale_shift).shape == (0, 5, 8)
@@ -163,8 +167,8 @@ def test_shapes_follow_the_input():
 def test_kernels_refuse_to_lose_a_gradient():
     w = torch.randn(8, 64, dtype=BF16, requires_grad=True)
     with torch.enable_grad(), pytest.raises(AssertionError, match="no backward"):
-        cpu.linear_bf16(torch.randn(1, 64, dtype=BF16), w)
-    assert not cpu.linear_bf16(torch.randn(1, 64, dtype=BF16), w).requires_grad
+        cpu.linear_dense(torch.randn(1, 64, dtype=BF16), w)
+    assert not cpu.linear_dense(torch.randn(1, 64, dtype=BF16), w).requires_grad
 
 
 @needs_kernels
@@ -189,17 +193,21 @@ class Spy:
 
 @needs_kernels
 @pytest.mark.parametrize("native", [False, True])
-def test_the_kernel_runs_only_where_torch_has_no_native_bf16(monkeypatch, native: bool):
-    """Proves that the fast path is taken, and left to torch on CPUs with bf16 instructions or for other dtypes."""
-    spy = Spy(cpu.linear_bf16)
-    monkeypatch.setattr(cpu, "linear_bf16", spy)
+def test_the_kernel_runs_only_where_torch_is_slow(monkeypatch, native: bool):
+    """Proves that the fast path is taken, and left to torch with bf16 instructions, many fp32 rows, other dtypes."""
+    spy = Spy(cpu.linear_dense)
+    monkeypatch.setattr(cpu, "linear_dense", spy)
     monkeypatch.setattr(dispatch, "torch_has_native_bf16", lambda: native)
     x, w, bias = torch.randn(5, 64), torch.randn(16, 64), torch.randn(16)
-    y = kernels.linear_bf16(x.to(BF16), w.to(BF16), bias.to(BF16))
+    y = kernels.linear(x.to(BF16), w.to(BF16), bias.to(BF16))
     torch.testing.assert_close(y, F.linear(x.to(BF16), w.to(BF16), bias.to(BF16)))
     assert spy.calls == (0 if native else 1)
-    assert torch.equal(kernels.linear_bf16(x, w, bias), F.linear(x, w, bias))
-    assert spy.calls == (0 if native else 1)
+    many = x.expand(dispatch.FEW_ROWS, 5, 64)
+    for rows, ours in ((x, 1), (many, 0)):
+        before = spy.calls
+        torch.testing.assert_close(kernels.linear(rows, w, bias), F.linear(rows, w, bias))
+        assert spy.calls - before == ours
+    assert torch.equal(kernels.linear(x.double(), w.double()), F.linear(x.double(), w.double()))
 
 
 @pytest.mark.parametrize("missing", ["compiler", "avx2", "source"])
@@ -220,8 +228,8 @@ def test_without_kernels_there_is_one_warning_and_torch_is_used(
     x, w = torch.randn(5, 64).to(BF16), torch.randn(16, 64).to(BF16)
     with caplog.at_level(logging.WARNING, logger=build.__name__):
         assert not kernels.available()
-        assert torch.equal(kernels.linear_bf16(x, w), F.linear(x, w))
-        assert torch.equal(kernels.linear_bf16(x, w), F.linear(x, w))
+        assert torch.equal(kernels.linear(x, w), F.linear(x, w))
+        assert torch.equal(kernels.linear(x, w), F.linear(x, w))
     assert len(caplog.records) == 1
 
 
@@ -246,7 +254,7 @@ def test_a_prepared_layer_follows_what_it_was_given(kernel: str):
         prepared = cpu.PreparedLinear(weight, bias=bias)
         before = prepared(x)
         weight.data = torch.randn(8, 64).to(BF16)
-        again = cpu.linear_bf16(x, weight, bias)
+        again = cpu.linear_dense(x, weight, bias)
     else:
         packed, scale_shift = random_int4(8, 64, 64, BF16)
         prepared = cpu.PreparedLinear(packed, scale_shift, bias, 64)
@@ -275,5 +283,5 @@ def test_preparing_chooses_as_calling_does(monkeypatch, without: bool):
     for dtype in (BF16, FP32):
         x, w, bias = (torch.randn(*shape).to(dtype) for shape in ((5, 64), (16, 64), (16,)))
         prepared = kernels.prepare_linear(w, bias)
-        assert torch.equal(prepared(x), kernels.linear_bf16(x, w, bias))
+        assert torch.equal(prepared(x), kernels.linear(x, w, bias))
         assert not (without and isinstance(prepared, cpu.PreparedLinear))

@@ -26,6 +26,7 @@ class LiveLoraLinear(QuantizedLinear):
 
     down: Tensor | None = None  # A: (R, in)
     up: Tensor | None = None  # B times the scaling: (out, R)
+    kernel = None  # pyright: ignore[reportAssignmentType]
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
@@ -33,7 +34,7 @@ class LiveLoraLinear(QuantizedLinear):
         if self.down is None:
             return y
         assert self.up is not None
-        return y + kernels.linear_bf16(kernels.linear_bf16(x, self.down), self.up)
+        return y + kernels.linear(kernels.linear(x, self.down), self.up)
 
     def follow(self, factors: tuple[Tensor, Tensor] | None) -> None:
         """Takes over adapters, in place unless their rank changed; `None` removes them."""
@@ -115,7 +116,7 @@ def _seconds(like: Tensor, num_rows: int, in_features: int, rank: int, out_featu
     clock, laps = Clock(like.device), []
     for _ in range(TIMED_STEPS):
         clock.start()
-        y = y + kernels.linear_bf16(kernels.linear_bf16(x, down), up)
+        y = y + kernels.linear(kernels.linear(x, down), up)
         clock.mark()
         laps += clock.laps()
     return min(laps)

@@ -25,7 +25,8 @@ from trl_selfspec.adapters import (
     is_sharded,
 )
 from trl_selfspec.attention import IMPLEMENTATION
-from trl_selfspec.kernels import fast_norm, prepare_linear
+from trl_selfspec.kernels import PreparedLinear, fast_norm, prepare_linear
+from trl_selfspec.layers import computing_the_same, use_fast_forward
 from trl_selfspec.sharding import fingerprint, gathered_partitions
 
 
@@ -46,12 +47,19 @@ class MirrorLinear(nn.Module):
         self.weight, self.bias, self.dtype = weight, bias, weight.dtype
         self._linear = prepare_linear(weight, bias)
 
+    @property
+    def kernel(self) -> PreparedLinear | None:
+        """The kernel that is the whole layer, where one is."""
+        return self._linear if isinstance(self._linear, PreparedLinear) else None
+
     def forward(self, x: Tensor) -> Tensor:
         return self._linear(x if x.dtype is self.dtype else x.to(self.dtype))
 
 
 class BitsAndBytesLinear(MirrorLinear):
     """A dequantized 4-bit layer, which gives back the dtype it was given."""
+
+    kernel = None
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).to(x.dtype)
@@ -79,6 +87,7 @@ class Mirror:
         self.base = base_model(policy)
         self.autocast_dtype, self.param_dtype = autocast_dtype, param_dtype
         self.version = 0
+        self._fast_layers: list[str] | None = None  # names
         self._copies: list[tuple[Tensor, Callable[[], Tensor]]] = []
         self._aliases: list[tuple[nn.Parameter, Callable[[], Tensor]]] = []
         self._state = self._policy_state()
@@ -158,10 +167,21 @@ class Mirror:
     def _complete(self, tree: PreTrainedModel) -> PreTrainedModel:
         """What a tree needs besides its tensors."""
         if tree.config._attn_implementation == IMPLEMENTATION:
-            _use_fast_modules(tree)
+            self._use_fast_modules(tree)
         if (dtype := self._embedding_dtype) is not None:
             tree.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.to(dtype))
         return tree
+
+    def _use_fast_modules(self, tree: PreTrainedModel) -> None:
+        """Replaces norms, then layers, by kernels where a trial on the mirror itself shows that they compute the same."""
+        for name, module in list(tree.named_modules()):
+            if (norm := fast_norm(module)) is not None:
+                _replace(tree, name, norm)
+        layers = {name: module for name, module in tree.named_modules() if hasattr(module, "self_attn")}
+        if self._fast_layers is None:
+            self._fast_layers = computing_the_same(layers)
+        for name in self._fast_layers:
+            use_fast_forward(layers[name])
 
     def _policy_state(self) -> tuple[object, ...]:
         return fingerprint(self.base), adapter_state(self.base)
@@ -245,14 +265,6 @@ def _adopt(tree: PreTrainedModel, donor: nn.Module) -> PreTrainedModel:
             if tensor.is_meta:
                 _assign(module, attribute, getattr(donor.get_submodule(name), attribute))
     return tree.requires_grad_(False)
-
-
-def _use_fast_modules(tree: nn.Module) -> nn.Module:
-    """Replaces norms by a kernel where a trial shows that it computes the same."""
-    for name, module in list(tree.named_modules()):
-        if (fast := fast_norm(module)) is not None:
-            _replace(tree, name, fast)
-    return tree
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -90,6 +90,7 @@ class QuantizedLinear(nn.Module):
         self.backend = _choose_backend(self)
         for name, buffer in self.backend.derive(self).items():
             self.register_buffer(name, buffer, persistent=False)
+        self.prepared: kernels.PreparedLinear | None = None
         if self.backend.linear is _own_int4:
             self.prepared = kernels.PreparedLinear(self.packed, self.scale_shift, bias, in_features, dtype)
 
@@ -138,6 +139,11 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x if x.dtype is self.dtype else x.to(self.dtype)  # as autocast would
         return self.backend.linear(self, x)
+
+    @property
+    def kernel(self) -> kernels.PreparedLinear | None:
+        """The kernel that is the whole layer, where one is."""
+        return self.prepared
 
     @property
     def nbytes(self) -> int:
@@ -191,6 +197,7 @@ class Backend(NamedTuple):
 
 
 def _own_int4(layer: QuantizedLinear, x: Tensor) -> Tensor:
+    assert layer.prepared is not None
     return layer.prepared(x)
 
 
@@ -245,13 +252,13 @@ BACKENDS = (
     Backend(  # no faster than the policy, but dequantizing per call takes 10 to 100 times as long
         "dequantized_once",
         lambda layer: layer.device.type == "cpu",
-        lambda layer, x: kernels.linear_bf16(x, layer.dequantized, layer.bias),
+        lambda layer, x: kernels.linear(x, layer.dequantized, layer.bias),
         lambda layer: {"dequantized": layer.dequantize()},
     ),
     Backend(  # elsewhere a second copy of the weights would cost more than the time
         "dequantized_per_call",
         lambda layer: True,
-        lambda layer, x: kernels.linear_bf16(x, layer.dequantize(), layer.bias),
+        lambda layer, x: kernels.linear(x, layer.dequantize(), layer.bias),
     ),
 )
 

@@ -1,23 +1,27 @@
-"""What torch runs slowly on CPUs, each with an eager twin: linear layers, decode attention and norms.
+"""What torch runs slowly on CPUs, each with an eager twin: linear layers, decode attention, norms,
+and decoder layers of them.
 
-`linear_bf16` picks the fastest way to multiply by bf16 weights; `linear_int4` runs the drafter's layers; a `Prepared`
+`linear` picks the fastest way to multiply by a policy's weights; `linear_int4` runs the drafter's layers; a `Prepared`
 layer has its checks behind it. Measured times are in docs/LOG.md; `cpu.c` is compiled on first use by `build`.
 """
 
 from trl_selfspec.kernels.attention import can_attend, write_and_attend
 from trl_selfspec.kernels.build import available
 from trl_selfspec.kernels.cpu import PreparedLinear, linear_int4
-from trl_selfspec.kernels.dispatch import linear_bf16, prepare_linear, torch_has_native_bf16
+from trl_selfspec.kernels.dispatch import linear, prepare_linear, torch_has_native_bf16
+from trl_selfspec.kernels.layer import DecoderWeights, PreparedDecoderLayer
 from trl_selfspec.kernels.norm import FastRMSNorm, fast_norm, rms_norm
 
 
 __all__ = [
+    "DecoderWeights",
     "FastRMSNorm",
+    "PreparedDecoderLayer",
     "PreparedLinear",
     "available",
     "can_attend",
     "fast_norm",
-    "linear_bf16",
+    "linear",
     "linear_int4",
     "prepare_linear",
     "rms_norm",

@@ -24,14 +24,12 @@ static void convert(const void *from, int64_t offset, int from_dtype, void *to, 
     for (int64_t i = 0; i < n; i += 8) store8(to, at + i, to_dtype, load8(from, offset + i, from_dtype));
 }
 
-static void write_states(const Attention *a, int64_t token) {
-    const int64_t row = token / a->steps, step = token % a->steps, slot = a->write_index[token];
-    for (int64_t h = 0; h < a->kv_heads; h++) {
-        convert(a->key, row * a->key_row + h * a->key_head + step * a->key_step, (int)a->state_dtype, a->keys,
-                (slot * a->kv_heads + h) * a->key_dim, (int)a->cache_dtype, a->key_dim);
-        convert(a->value, row * a->value_row + h * a->value_head + step * a->value_step, (int)a->state_dtype, a->values,
-                (slot * a->kv_heads + h) * a->value_dim, (int)a->cache_dtype, a->value_dim);
-    }
+static void write_states(const Attention *a, int64_t token, int64_t head) {
+    const int64_t row = token / a->steps, step = token % a->steps, slot = a->write_index[token] * a->kv_heads + head;
+    convert(a->key, row * a->key_row + head * a->key_head + step * a->key_step, (int)a->state_dtype, a->keys,
+            slot * a->key_dim, (int)a->cache_dtype, a->key_dim);
+    convert(a->value, row * a->value_row + head * a->value_head + step * a->value_step, (int)a->state_dtype, a->values,
+            slot * a->value_dim, (int)a->cache_dtype, a->value_dim);
 }
 
 /* scores[r][c] = query_r . key_c for R queries and 4 keys. */
@@ -170,7 +168,8 @@ void attention(const Attention *a, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-        for (int64_t token = tokens * me / all; token < tokens * (me + 1) / all; token++) write_states(a, token);
+        for (int64_t token = tokens * me / all; token < tokens * (me + 1) / all; token++)
+            for (int64_t head = 0; head < a->kv_heads; head++) write_states(a, token, head);
 #pragma omp barrier
         for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < items;) {
             const int64_t begin = i % chunks * QUERIES, kv_head = i / chunks % a->kv_heads;

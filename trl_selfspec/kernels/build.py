@@ -22,14 +22,15 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("cpu.c")
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-ffp-contract=off")
 COMPILE_TIMEOUT_S = 120
 
 _SIZE, _POINTER, _INT, _DOUBLE, _STRUCT = (
     ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_double, ctypes.c_char_p
 )  # fmt: skip
 _SIGNATURES = {
-    "linear": (_STRUCT, _INT, _SIZE, *[_POINTER] * 5),
+    "linear": (_STRUCT, _INT, _SIZE, _POINTER, _POINTER, _INT),
+    "decoder_layer": (_STRUCT, _INT),
     "attention": (_STRUCT, _INT),
     "rms_norm": (_INT, _SIZE, _SIZE, _DOUBLE, _POINTER, _INT, _POINTER, _INT, _POINTER, _INT),
 }

@@ -120,3 +120,4 @@ static int useful_threads(double work, int most) {
 #include "linear.c"
 #include "attention.c"
 #include "norm.c"
+#include "layer.c"

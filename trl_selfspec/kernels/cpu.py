@@ -20,17 +20,17 @@ class PreparedLinear:
     """x W^T + bias; an output element does not depend on the other rows.
 
     With `scale_shift` the weights are int4 codes and activations are rounded to int8 per (row, group); without, the
-    weights are bf16. Sums are exact or fp32.
+    weights are read in place. Sums are exact or fp32.
 
     Args:
-        weight: bf16 `(N, K)`, read in place; or uint8 `(N, groups * group_size / 2)`, see `int4.pack`.
+        weight: bf16 or fp32 `(N, K)`; or uint8 `(N, groups * group_size / 2)`, see `int4.pack`.
         scale_shift: `(N, groups, 2)` bf16 or fp32: weight = scale * code - shift.
         bias: `(N,)` bf16 or fp32.
         in_features: K of int4 weights.
-        dtype: of int4 inputs and outputs.
+        dtype: of inputs and outputs; by default that of the weights or scales.
     """
 
-    __slots__ = ("bias", "bias_ptr", "dtype", "k", "n", "scale_shift", "spec", "weight", "weight_ptr")
+    __slots__ = ("_addresses", "_matrix", "_sizes", "bias", "dtype", "dtype_code", "k", "n", "scale_shift", "weight")
 
     def __init__(
         self,
@@ -38,12 +38,14 @@ class PreparedLinear:
         scale_shift: Tensor | None = None,
         bias: Tensor | None = None,
         in_features: int | None = None,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        self.weight, self.scale_shift, self.bias, self.dtype = weight, scale_shift, bias, dtype
+        self.weight, self.scale_shift, self.bias = weight, scale_shift, bias
+        self.dtype = dtype or (weight.dtype if scale_shift is None else scale_shift.dtype)
+        self.dtype_code = DTYPES[self.dtype]
         group_size = scale_code = 0
         if scale_shift is None:
-            assert weight.dtype == dtype == torch.bfloat16
+            assert weight.dtype == self.dtype
             self.n, self.k = weight.shape
         else:
             self.n, groups, _ = scale_shift.shape
@@ -52,40 +54,40 @@ class PreparedLinear:
             assert group_size in GROUP_SIZES and (groups - 1) * group_size < self.k <= groups * group_size
             scale_code = DTYPES[scale_shift.dtype]
         bias_code = 0 if bias is None else DTYPES[bias.dtype]
-        self.spec = struct.pack("6q", self.n, self.k, group_size, DTYPES[dtype], scale_code, bias_code)
-        self._follow_addresses()
+        self._sizes = self.n, self.k, group_size, scale_code, bias_code
+        self._addresses = (0, 0)
 
-    def _follow_addresses(self) -> None:
-        """Checks the tensors that may be re-pointed, wherever they are now."""
-        assert self.weight.is_cpu and self.weight.is_contiguous() and self.weight.shape[0] == self.n
-        assert self.bias is None or (self.bias.is_cpu and self.bias.is_contiguous() and self.bias.shape == (self.n,))
-        self.weight_ptr = self.weight.data_ptr()
-        self.bias_ptr = None if self.bias is None else self.bias.data_ptr()
+    def matrix(self) -> bytes:
+        """`Matrix` of linear.c: where the tensors are now, checked, and what they are."""
+        weight, bias = self.weight, self.bias
+        addresses = weight.data_ptr(), 0 if bias is None else bias.data_ptr()
+        if addresses != self._addresses:
+            assert weight.is_cpu and weight.is_contiguous() and weight.shape[0] == self.n
+            assert bias is None or (bias.is_cpu and bias.is_contiguous() and bias.shape == (self.n,))
+            scales = 0 if self.scale_shift is None else self.scale_shift.data_ptr()
+            self._matrix = struct.pack("3Q5q", addresses[0], scales, addresses[1], *self._sizes)
+            self._addresses = addresses
+        return self._matrix
 
     def __call__(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N), both `dtype`
-        weight, bias, scale_shift, dtype = self.weight, self.bias, self.scale_shift, self.dtype
-        if (x.requires_grad or weight.requires_grad) and torch.is_grad_enabled():
+        if (x.requires_grad or self.weight.requires_grad) and torch.is_grad_enabled():
             raise AssertionError("the kernels have no backward: use torch.no_grad()")
-        if weight.data_ptr() != self.weight_ptr or (bias is not None and bias.data_ptr() != self.bias_ptr):
-            self._follow_addresses()
         *leading, k = x.shape
-        assert k == self.k and x.dtype is dtype and x.is_cpu
+        assert k == self.k and x.dtype is self.dtype and x.is_cpu
         if not x.is_contiguous():
             x = x.contiguous()
-        y = torch.empty((*leading, self.n), dtype=dtype)
+        y = torch.empty((*leading, self.n), dtype=self.dtype)
         if m := x.numel() // k:
-            functions().linear(
-                self.spec, torch.get_num_threads(), m, x.data_ptr(), self.weight_ptr,
-                None if scale_shift is None else scale_shift.data_ptr(), self.bias_ptr, y.data_ptr(),
-            )  # fmt: skip
+            threads = torch.get_num_threads()
+            functions().linear(self.matrix(), threads, m, x.data_ptr(), y.data_ptr(), self.dtype_code)
         return y
 
 
-def linear_bf16(
-    x: Tensor,  # (..., K) bf16
-    weight: Tensor,  # (N, K) bf16, contiguous; read in place
+def linear_dense(
+    x: Tensor,  # (..., K) bf16 or fp32
+    weight: Tensor,  # (N, K), dtype of x, contiguous; read in place
     bias: Tensor | None = None,  # (N,) bf16 or fp32
-) -> Tensor:  # (..., N) bf16
+) -> Tensor:  # (..., N), dtype of x
     """A `PreparedLinear` for one call."""
     return PreparedLinear(weight, bias=bias)(x)
 

@@ -6,12 +6,13 @@
  *
  * Work is split over output features. The order of a sum depends on K alone.
  */
-enum { ROWS = 64 };            /* activation rows per pass: their block stays in L2 */
-enum { KBLOCK = 1024 };        /* columns per partial sum; a constant of the result, see the top */
-enum { FEATURES = 96 };        /* features per pass when there are many rows: divisible by every tile width */
-enum { FEW_ROWS = 16 };        /* up to here a weight row is read in one sweep, which DRAM likes */
-enum { GROUP_LANES = 32 };     /* int4 groups are multiples of this many codes */
-enum { MAX_GROUP = 128 };      /* 4 products of at most 2*15*127 still fit into int16 */
+enum { ROWS = 64 };        /* activation rows per pass */
+enum { GROUP = 12 };       /* features per pass: divisible by every tile width */
+enum { TILE_ROWS = 8 };    /* the most rows of a tile */
+enum { X_BLOCK = 6144 };   /* activations of a block of columns: they stay in L1 */
+enum { GROUP_LANES = 32 }; /* int4 groups are multiples of this many codes */
+enum { MAX_GROUP = 128 };  /* 4 products of at most 2*15*127 still fit into int16 */
+enum { FEATURES = 16 };    /* int4 features per pass: they stay in L1 for all rows */
 
 typedef struct {
     int64_t m, n, k;
@@ -29,119 +30,135 @@ INLINE void finish(const Job *j, int64_t row, int64_t feature, float sum) {
     store_scalar(j->y, row * j->n + feature, j->y_dtype, sum);
 }
 
-/* ---- bf16 ---- */
+/* ---- bf16 and fp32 ---- */
 
-/* Each 16 columns become 8 even ones, then 8 odd ones: the order in which a shift and a mask unpack weights. */
-static void spread_row(const uint16_t *x, int64_t k, float *out) {
+/* Each 16 columns of bf16 become 8 even ones, then 8 odd ones: the order in which a shift and a mask unpack weights. */
+INLINE void spread_row(const int type, const char *x, int64_t k, float *out) {
     const __m256i odd = _mm256_set1_epi32((int)0xffff0000);
+    if (type == FP32) {
+        memcpy(out, x, (size_t)k * 4);
+        memset(out + k, 0, (size_t)(-k & 15) * 4);
+        return;
+    }
     for (int64_t i = 0; i < k; i += 16) {
         uint16_t tail[16] = {0};
-        const uint16_t *from = x + i;
-        if (k - i < 16) {
-            memcpy(tail, from, (size_t)(k - i) * 2);
-            from = tail;
-        }
-        __m256i v = _mm256_loadu_si256((const __m256i *)from);
+        const char *from = x + 2 * i;
+        if (k - i < 16) from = memcpy(tail, from, (size_t)(k - i) * 2);
+        const __m256i v = _mm256_loadu_si256((const __m256i *)from);
         _mm256_store_ps(out + i, _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)));
         _mm256_store_ps(out + i + 8, _mm256_castsi256_ps(_mm256_and_si256(v, odd)));
     }
 }
 
-/* One tile over columns [0, k): sum[r][c] += x_r . w_c. A short last step reads a zero-padded copy. */
-INLINE void bf16_tile(const int R, const int C, const float *x, int64_t ldx, const uint16_t *w, int64_t ldw,
-                      int64_t k, float *sum, int64_t lds, int64_t ahead) {
-    const __m256i odd = _mm256_set1_epi32((int)0xffff0000);
-    __m256 acc[4][4], v[4];
-    uint16_t tail[4][16];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-        for (int c = 0; c < C; c++) acc[r][c] = _mm256_setzero_ps();
-    const int64_t full = k & ~(int64_t)15;
-/* Even columns, then odd ones: with 4 x 3 sums this needs exactly the 16 registers there are. */
-#define HALF(UNPACK, X)                                                                                   \
-    _Pragma("GCC unroll 8") for (int c = 0; c < C; c++) v[c] = _mm256_castsi256_ps(UNPACK);               \
-    _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {                                                 \
-        const __m256 xr = _mm256_load_ps((X) + r * ldx);                                                  \
-        _Pragma("GCC unroll 8") for (int c = 0; c < C; c++) acc[r][c] = _mm256_fmadd_ps(xr, v[c], acc[r][c]); \
-    }
-#define STEP(WEIGHTS, X)                                                                                  \
-    HALF(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i *)(WEIGHTS)), 16), X)                        \
-    HALF(_mm256_and_si256(_mm256_loadu_si256((const __m256i *)(WEIGHTS)), odd), (X) + 8)
-    for (int64_t i = 0; i < full; i += 16) {
-        if (ahead) {
-#pragma GCC unroll 8
-            for (int c = 0; c < C; c++) _mm_prefetch((const char *)(w + c * ldw + i + ahead), _MM_HINT_T0);
-        }
-        STEP(w + c * ldw + i, x + i)
-    }
-    if (full < k) {
-        memset(tail, 0, sizeof tail);
-        for (int c = 0; c < C; c++) memcpy(tail[c], w + c * ldw + full, (size_t)(k - full) * 2);
-        STEP(tail[c], x + full)
-    }
-#undef STEP
-#undef HALF
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-        for (int c = 0; c < C; c++) sum[r * lds + c] += sum8(acc[r][c]);
+/* The first or second half of 16 weights, in the order of `spread_row`. */
+INLINE __m256 unpack(const int type, const int half, const char *w) {
+    if (type == FP32) return _mm256_loadu_ps((const float *)w + 8 * half);
+    const __m256i pairs = _mm256_loadu_si256((const __m256i *)w);
+    return _mm256_castsi256_ps(half ? _mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000)) : _mm256_slli_epi32(pairs, 16));
 }
 
-/* All rows against features [0, c) of one column block, c <= 4. */
-static void bf16_rows(int64_t rows, int c, const float *x, int64_t ldx, const uint16_t *w, int64_t ldw, int64_t k,
-                      float *sum, int64_t lds, int64_t ahead) {
-    int64_t r = 0;
-#define TILE(R, C) bf16_tile(R, C, x + r * ldx, ldx, w, ldw, k, sum + r * lds, lds, r ? 0 : ahead)
-    while (r < rows) {
-        const int64_t left = rows - r;
-        if (c == 4) {
-            switch (left) {
-                case 1: TILE(1, 4); r += 1; break;
-                case 2: TILE(2, 4); r += 2; break;
-                default: TILE(3, 4); r += 3;
+/* One tile over columns [0, k), a multiple of 16: sum[r][c] += x_r . w_c, lane by lane. Each step also asks for a
+ * piece of the weights that come next, so that memory is busy while products are computed. `ldw` is in bytes. */
+INLINE void dense_tile(const int type, const int R, const int C, const float *x, int64_t ldx, const char *w,
+                       int64_t ldw, int64_t k, __m256 *sum, const char *ahead, int64_t pace) {
+    const int size = type == BF16 ? 2 : 4;
+    __m256 acc[TILE_ROWS][4], v[4];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) acc[r][c] = sum[r * GROUP + c];
+    for (int64_t i = 0; i < k; i += 16, ahead += pace) {
+#pragma GCC unroll 4
+        for (int line = 0; line < (C * size + 3) / 4; line++) _mm_prefetch(ahead + 64 * line, _MM_HINT_T1);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+#pragma GCC unroll 4
+            for (int c = 0; c < C; c++) v[c] = unpack(type, half, w + c * ldw + i * size);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                const __m256 xr = _mm256_load_ps(x + r * ldx + i + 8 * half);
+#pragma GCC unroll 4
+                for (int c = 0; c < C; c++) acc[r][c] = _mm256_fmadd_ps(xr, v[c], acc[r][c]);
             }
-        } else if (c == 3) {
-            switch (left) {
-                case 1: TILE(1, 3); r += 1; break;
-                case 2: TILE(2, 3); r += 2; break;
-                case 3: TILE(3, 3); r += 3; break;
-                default: TILE(4, 3); r += 4;
-            }
-        } else {
-            for (int i = 0; i < c; i++) bf16_tile(1, 1, x + r * ldx, ldx, w + i * ldw, ldw, k, sum + r * lds + i, lds, 0);
-            r += 1;
         }
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) sum[r * GROUP + c] = acc[r][c];
+}
+
+/* Features of a tile, by its rows: at most 12 sums, so that there are registers for all of it. */
+static const int TILE_WIDTH[TILE_ROWS + 1] = {0, 4, 4, 3, 3, 2, 2, 1, 1};
+
+/* Rows per tile if `rows` are split as evenly as can be. */
+static int64_t tile_height(int64_t rows) {
+    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    return (rows + tiles - 1) / tiles;
+}
+
+/* All rows against up to GROUP features over columns [0, k); returns how far ahead it has asked. */
+INLINE const char *dense_block(const int type, int64_t rows, int64_t features, const float *x, int64_t ldx,
+                               const char *w, int64_t ldw, int64_t k, __m256 *sum, const char *ahead, int64_t pace) {
+    const int64_t most = tile_height(rows);
+    for (int64_t r = 0; r < rows; r += most) {
+        const int64_t height = MIN(most, rows - r);
+        for (int64_t c = 0, width; c < features; c += width, ahead += k / 16 * pace) {
+            width = features - c >= TILE_WIDTH[height] ? TILE_WIDTH[height] : 1;
+#define TILE(R, C)                                                                                                  \
+    case R * 8 + C:                                                                                                 \
+        dense_tile(type, R, C, x + r * ldx, ldx, w + c * ldw, ldw, k, sum + r * GROUP + c, ahead, pace);            \
+        break;
+            switch (height * 8 + width) {
+                TILE(1, 4) TILE(2, 4) TILE(3, 3) TILE(4, 3) TILE(5, 2) TILE(6, 2) TILE(7, 1) TILE(8, 1)
+                TILE(1, 1) TILE(2, 1) TILE(3, 1) TILE(4, 1) TILE(5, 1) TILE(6, 1)
+            }
 #undef TILE
+        }
+    }
+    return ahead;
 }
 
-static void bf16_features(const Job *j, int64_t begin, int64_t end) {
-    const int64_t ldx = (j->k + 15) / 16 * 16;
+INLINE void dense_features(const int type, const Job *j, int64_t begin, int64_t end) {
+    const int64_t size = type == BF16 ? 2 : 4, ldw = j->k * size;
+    const int64_t full = j->k & ~(int64_t)15, ldx = (j->k + 15) & ~(int64_t)15;
     const int64_t most = MIN(j->m, ROWS);
-    float *x = scratch((size_t)(most * (ldx + FEATURES)) * sizeof(float));
-    float *sum = x + most * ldx;
+    __m256 *sum = scratch((size_t)(most * (ldx / 8 + GROUP)) * sizeof(__m256));
+    float *x = (float *)(sum + most * GROUP);
     for (int64_t row = 0; row < j->m; row += ROWS) {
-        const int64_t rows = MIN(ROWS, j->m - row);
-        const int width = rows % 4 == 0 || rows > 9 ? 3 : 4;
-        for (int64_t r = 0; r < rows; r++) spread_row((const uint16_t *)j->x + (row + r) * j->k, j->k, x + r * ldx);
-        const int64_t pass = rows <= FEW_ROWS ? width : FEATURES;
-        for (int64_t f = begin; f < end; f += pass) {
-            const int64_t features = MIN(pass, end - f);
-            const int64_t ahead = f + 2 * pass <= end && rows <= FEW_ROWS ? pass * j->k : 0;
-            memset(sum, 0, (size_t)(rows * FEATURES) * sizeof(float));
-            for (int64_t k = 0; k < j->k; k += KBLOCK)
-                for (int64_t c = 0; c < features; c += width)
-                    bf16_rows(rows, (int)MIN(width, features - c), x + k, ldx,
-                              (const uint16_t *)j->w + (f + c) * j->k + k, j->k, MIN(KBLOCK, j->k - k), sum + c,
-                              FEATURES, ahead);
+        const int64_t rows = MIN(ROWS, j->m - row), block = MAX(256, X_BLOCK / rows & ~(int64_t)15);
+        double tiles = 0; /* that pass over a weight */
+        for (int64_t r = 0, h = tile_height(rows); r < rows; r += h) tiles += 1.0 / TILE_WIDTH[MIN(h, rows - r)];
+        for (int64_t r = 0; r < rows; r++) spread_row(type, (const char *)j->x + (row + r) * ldw, j->k, x + r * ldx);
+        for (int64_t f = begin; f < end; f += GROUP) {
+            const int64_t features = MIN(GROUP, end - f), pace = f + GROUP < end ? (int64_t)(16 * size / tiles) : 0;
+            const char *w = (const char *)j->w + f * ldw, *ahead = w + GROUP * ldw;
+            memset(sum, 0, (size_t)(rows * GROUP) * sizeof(__m256));
+            for (int64_t k = 0; k < full; k += block)
+                ahead = dense_block(type, rows, features, x + k, ldx, w + k * size, ldw, MIN(block, full - k), sum, ahead, pace);
+            if (full < j->k) {
+                char tail[GROUP * 64] = {0};
+                for (int64_t c = 0; c < features; c++)
+                    memcpy(tail + c * 16 * size, w + c * ldw + full * size, (size_t)((j->k - full) * size));
+                dense_block(type, rows, features, x + full, ldx, tail, 16 * size, 16, sum, ahead, 0);
+            }
             for (int64_t r = 0; r < rows; r++)
-                for (int64_t c = 0; c < features; c++) finish(j, row + r, f + c, sum[r * FEATURES + c]);
+                for (int64_t c = 0; c < features; c++) finish(j, row + r, f + c, sum8(sum[r * GROUP + c]));
         }
     }
 }
+
+static void bf16_features(const Job *j, int64_t begin, int64_t end) { dense_features(BF16, j, begin, end); }
+static void fp32_features(const Job *j, int64_t begin, int64_t end) { dense_features(FP32, j, begin, end); }
 
 /* ---- int4 ---- */
+
+/* Where the i-th 8 of a group's activations meet their codes. 32 bytes of codes at a time are unpacked: 0..15 and
+ * 32..47 from the low nibbles, then 16..31 and 48..63 from the high ones. */
+INLINE int64_t nibble_order(int64_t i, int64_t vectors) {
+    static const int8_t swap[8] = {0, 1, 4, 5, 2, 3, 6, 7};
+    return i < vectors / 8 * 8 ? (i & ~(int64_t)7) + swap[i & 7] : i;
+}
 
 /* x ~ scale * q per group; `total` is scale * sum(q), which multiplies the weights' shift. Padding is zero. */
 static void quantize_row(const Job *j, const void *x, int64_t offset, int8_t *q, float *scale, float *total) {
@@ -170,7 +187,7 @@ static void quantize_row(const Job *j, const void *x, int64_t offset, int8_t *q,
         for (int64_t i = 0; i < vectors; i++) {
             const __m256i code = _mm256_cvtps_epi32(_mm256_mul_ps(load8(in, at + 8 * i, dtype), inverse));
             const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
-            _mm_storel_epi64((__m128i *)(q + from + 8 * i), _mm_packs_epi16(half, half));
+            _mm_storel_epi64((__m128i *)(q + from + 8 * nibble_order(i, vectors)), _mm_packs_epi16(half, half));
             sum = _mm256_add_epi32(sum, code);
         }
         int32_t lanes[8], codes = 0;
@@ -181,58 +198,91 @@ static void quantize_row(const Job *j, const void *x, int64_t offset, int8_t *q,
     }
 }
 
-/* R rows against one feature. `blocks` = group / 32. */
+/* Scales and shifts of the next n <= 8 groups; zero beyond. */
+INLINE void load_scales(const int scale_dtype, const void *scale_shift, int64_t n, __m256 *scales, __m256 *shifts) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    if (scale_dtype == BF16) {
+        const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), lane);
+        const __m256i pairs = _mm256_maskload_epi32(scale_shift, mask);
+        *scales = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+        *shifts = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000)));
+        return;
+    }
+    const float *from = scale_shift;
+    const __m256i left = _mm256_set1_epi32((int)(2 * n));
+    const __m256 a = _mm256_maskload_ps(from, _mm256_cmpgt_epi32(left, lane));
+    const __m256 b = _mm256_maskload_ps(from + 8, _mm256_cmpgt_epi32(left, _mm256_add_epi32(lane, _mm256_set1_epi32(8))));
+    const __m256 low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
+    *scales = _mm256_shuffle_ps(low, high, 0x88);
+    *shifts = _mm256_shuffle_ps(low, high, 0xdd);
+}
+
+/* R rows against one feature. `blocks` = group / 32; `lds` is the rows' stride of scale and total. */
 INLINE void int4_tile(const int R, const int blocks, const int scale_dtype, const Job *j, int64_t feature,
-                      const int8_t *q, int64_t ldq, const float *scale, const float *total, int64_t row) {
+                      const int8_t *q, int64_t ldq, const float *scale, const float *total, int64_t lds, int64_t row) {
     const __m256i nibble = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1);
-    const uint8_t *w = (const uint8_t *)j->w + feature * j->groups * (j->group / 2);
-    const int64_t first = feature * j->groups * 2;
-    __m256 acc[4];
-    float shifted[4];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) acc[r] = _mm256_setzero_ps(), shifted[r] = 0;
-    for (int64_t g = 0; g < j->groups; g++, w += blocks * 16) {
-        __m256i codes[4];
+    const int64_t bytes = j->groups * blocks * 16, pair = scale_dtype == BF16 ? 4 : 8;
+    const uint8_t *w = (const uint8_t *)j->w + feature * bytes;
+    const char *scale_shift = (const char *)j->scale_shift + feature * j->groups * pair;
+    __m256 acc[4], shifted[4];
+    float product[4][8] __attribute__((aligned(32)));
 #pragma GCC unroll 4
-        for (int b = 0; b < blocks; b++) {
-            const __m128i packed = _mm_loadu_si128((const __m128i *)(w + b * 16));
-            codes[b] = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(packed, 4), packed), nibble);
-        }
-        const float w_scale = load_scalar(j->scale_shift, first + 2 * g, scale_dtype);
-        const float w_shift = load_scalar(j->scale_shift, first + 2 * g + 1, scale_dtype);
-#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) acc[r] = shifted[r] = _mm256_setzero_ps();
+    for (int64_t first = 0; first < j->groups; first += 8) {
+        const int64_t n = MIN(8, j->groups - first);
+        __m256 scales, shifts;
+        load_scales(scale_dtype, scale_shift + first * pair, n, &scales, &shifts);
+#pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-            const int8_t *qr = q + r * ldq + g * blocks * 32;
-            __m256i dot = _mm256_maddubs_epi16(codes[0], _mm256_load_si256((const __m256i *)qr));
+            _mm256_store_ps(product[r], _mm256_mul_ps(scales, _mm256_loadu_ps(scale + r * lds + first)));
+            shifted[r] = _mm256_fmadd_ps(shifts, _mm256_loadu_ps(total + r * lds + first), shifted[r]);
+        }
+        for (int64_t g = 0; g < n; g++, w += blocks * 16) {
+            __m256i codes[4];
+            _mm_prefetch((const char *)w + FEATURES * bytes, _MM_HINT_T1);
 #pragma GCC unroll 4
-            for (int b = 1; b < blocks; b++)
-                dot = _mm256_add_epi16(dot, _mm256_maddubs_epi16(codes[b], _mm256_load_si256((const __m256i *)qr + b)));
-            const __m256 exact = _mm256_cvtepi32_ps(_mm256_madd_epi16(dot, one));
-            acc[r] = _mm256_fmadd_ps(_mm256_set1_ps(w_scale * scale[r * j->groups + g]), exact, acc[r]);
-            shifted[r] = fmaf(w_shift, total[r * j->groups + g], shifted[r]);
+            for (int b = 0; b + 1 < blocks; b += 2) {
+                const __m256i packed = _mm256_loadu_si256((const __m256i *)(w + b * 16));
+                codes[b] = _mm256_and_si256(packed, nibble);
+                codes[b + 1] = _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibble);
+            }
+            if (blocks % 2) {
+                const __m128i packed = _mm_loadu_si128((const __m128i *)(w + (blocks - 1) * 16));
+                codes[blocks - 1] = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(packed, 4), packed), nibble);
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                const __m256i *qr = (const __m256i *)(q + r * ldq + (first + g) * blocks * 32);
+                __m256i dot = _mm256_maddubs_epi16(codes[0], _mm256_load_si256(qr));
+#pragma GCC unroll 4
+                for (int b = 1; b < blocks; b++)
+                    dot = _mm256_add_epi16(dot, _mm256_maddubs_epi16(codes[b], _mm256_load_si256(qr + b)));
+                const __m256 exact = _mm256_cvtepi32_ps(_mm256_madd_epi16(dot, one));
+                acc[r] = _mm256_fmadd_ps(_mm256_broadcast_ss(&product[r][g]), exact, acc[r]);
+            }
         }
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) finish(j, row + r, feature, sum8(acc[r]) - shifted[r]);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) finish(j, row + r, feature, sum8(_mm256_sub_ps(acc[r], shifted[r])));
 }
 
 INLINE void int4_features(const int blocks, const int scale_dtype, const Job *j, int64_t begin, int64_t end) {
-    const int64_t ldq = j->groups * j->group;
+    const int64_t ldq = j->groups * j->group, lds = (j->groups + 7) / 8 * 8;
     const int64_t most = MIN(j->m, ROWS);
-    float *scale = scratch((size_t)(most * (ldq + 8 * j->groups) + 64));
-    float *total = scale + most * j->groups;
-    int8_t *q = (int8_t *)(((uintptr_t)(total + most * j->groups) + 31) & ~(uintptr_t)31);
+    float *scale = scratch((size_t)(most * (ldq + 8 * lds)));
+    float *total = scale + most * lds;
+    int8_t *q = (int8_t *)(total + most * lds);
+    memset(scale, 0, (size_t)(8 * most * lds));
     for (int64_t row = 0; row < j->m; row += ROWS) {
         const int64_t rows = MIN(ROWS, j->m - row);
         for (int64_t r = 0; r < rows; r++)
-            quantize_row(j, j->x, (row + r) * j->k, q + r * ldq, scale + r * j->groups, total + r * j->groups);
-        for (int64_t f = begin; f < end; f += FEW_ROWS) /* these weights stay in L1 for all rows */
+            quantize_row(j, j->x, (row + r) * j->k, q + r * ldq, scale + r * lds, total + r * lds);
+        for (int64_t f = begin; f < end; f += FEATURES)
             for (int64_t r = 0; r < rows;) {
-                const int64_t left = rows - r, last = MIN(end, f + FEW_ROWS);
-#define SWEEP(R)                                                                                                 \
-    for (int64_t c = f; c < last; c++)                                                                           \
-        int4_tile(R, blocks, scale_dtype, j, c, q + r * ldq, ldq, scale + r * j->groups, total + r * j->groups,  \
-                  row + r);                                                                                      \
+                const int64_t left = rows - r, last = MIN(end, f + FEATURES);
+#define SWEEP(R)                                                                                                      \
+    for (int64_t c = f; c < last; c++)                                                                                \
+        int4_tile(R, blocks, scale_dtype, j, c, q + r * ldq, ldq, scale + r * lds, total + r * lds, lds, row + r);    \
     r += R;
                 if (left >= 4) { SWEEP(4) }
                 else if (left == 3) { SWEEP(3) }
@@ -257,29 +307,33 @@ SPECIALISE(4)
 
 typedef void (*Features)(const Job *, int64_t, int64_t);
 
-typedef struct { /* what stays the same from call to call; 8 bytes each, as Python packs them */
+typedef struct { /* 8 bytes each, as Python packs them */
+    const void *w, *scale_shift, *bias;
     int64_t n, k;
-    int64_t group; /* of int4 weights; 0: bf16 weights */
-    int64_t x_dtype, scale_dtype, bias_dtype;
-} LinearSpec;
+    int64_t group; /* of int4 weights; 0: weights of x's dtype */
+    int64_t scale_dtype, bias_dtype;
+} Matrix;
 
-void linear(const LinearSpec *spec, int threads, int64_t m, const void *x, const void *w, const void *scale_shift,
-            const void *bias, void *y) {
+/* Features [begin, end) of y = x W^T + bias; x and y have the same dtype. */
+static void project(const Matrix *w, int64_t m, const void *x, void *y, int dtype, int64_t begin, int64_t end) {
     static const Features bodies[] = {bf16_features, int4_features_1, int4_features_2, int4_features_3, int4_features_4};
-    const Features body = bodies[spec->group / GROUP_LANES];
-    const Job j = {.m = m, .n = spec->n, .k = spec->k, .x = x, .w = w, .scale_shift = scale_shift, .bias = bias, .y = y,
-                   .group = spec->group, .groups = spec->group ? (spec->k + spec->group - 1) / spec->group : 0,
-                   .x_dtype = (int)spec->x_dtype, .scale_dtype = (int)spec->scale_dtype,
-                   .bias_dtype = (int)spec->bias_dtype, .y_dtype = (int)spec->x_dtype};
-    threads = useful_threads((double)m * (double)j.n * (double)j.k, threads);
-    if (threads <= 1) {
-        body(&j, 0, j.n);
-        return;
-    }
-    const int64_t units = (j.n + 11) / 12; /* whole tiles for either tile width */
-#pragma omp parallel num_threads(threads)
+    const Job j = {.m = m, .n = w->n, .k = w->k, .x = x, .w = w->w, .scale_shift = w->scale_shift, .bias = w->bias,
+                   .y = y, .group = w->group, .groups = w->group ? (w->k + w->group - 1) / w->group : 0,
+                   .x_dtype = dtype, .scale_dtype = (int)w->scale_dtype, .bias_dtype = (int)w->bias_dtype,
+                   .y_dtype = dtype};
+    (w->group || dtype == BF16 ? bodies[w->group / GROUP_LANES] : fp32_features)(&j, begin, end);
+}
+
+/* The features of thread `me` begin here: whole passes, and whole vectors. */
+INLINE int64_t first_feature(int64_t n, int64_t me, int64_t all) {
+    return MIN(n, (n + 2 * GROUP - 1) / (2 * GROUP) * me / all * (2 * GROUP));
+}
+
+void linear(const Matrix *w, int threads, int64_t m, const void *x, void *y, int dtype) {
+    threads = useful_threads((double)m * (double)w->n * (double)w->k, threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-        body(&j, MIN(j.n, units * me / all * 12), MIN(j.n, units * (me + 1) / all * 12));
+        project(w, m, x, y, dtype, first_feature(w->n, me, all), first_feature(w->n, me + 1, all));
     }
 }
