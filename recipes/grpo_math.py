@@ -141,7 +141,7 @@ def make_datasets(arguments: RecipeArguments, training: SelfSpecGRPOConfig) -> t
     splits = load_math_dataset(arguments)
     if evaluates and arguments.dataset_test_split not in splits:
         raise ValueError(
-            f"`eval_strategy` needs a split {arguments.dataset_test_split!r}: there is {', '.join(splits)}."
+            f"`eval_strategy` needs a split {arguments.dataset_test_split!r}: there is {', '.join(map(str, splits))}."
         )
     return splits[arguments.dataset_train_split], splits[arguments.dataset_test_split] if evaluates else None
 
@@ -157,7 +157,8 @@ def main(argv: Sequence[str]) -> None:
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
     }
-    training.model_init_kwargs = own | dict(training.model_init_kwargs or {})
+    given: Any = training.model_init_kwargs  # TRL has parsed a string from the command line
+    training.model_init_kwargs = own | (given or {})  # pyright: ignore[reportAttributeAccessIssue]
     train_dataset, eval_dataset = make_datasets(arguments, training)
     trainer = SelfSpecGRPOTrainer(
         model=model.model_name_or_path,

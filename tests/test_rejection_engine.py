@@ -203,16 +203,21 @@ def parameters_missing_in_the_recorded_draft_law(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(RejectionVerification, "propose", propose)
 
 
+def drafting_instead_of(purpose: Purpose, purposes: Purpose | Tensor) -> Tensor:
+    purposes = torch.as_tensor(purposes)
+    return torch.where(purposes == purpose, Purpose.DRAFT, purposes)
+
+
 def one_number_for_drafting_and_accepting(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shared(seed: Tensor, rows: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
-        return uniform(seed, rows, positions, Purpose.DRAFT if purpose == Purpose.ACCEPT else purpose)
+    def shared(seed: Tensor, rows: Tensor, positions: Tensor, purpose: Purpose | Tensor) -> Tensor:
+        return uniform(seed, rows, positions, drafting_instead_of(Purpose.ACCEPT, purpose))
 
     monkeypatch.setattr(rounds, "uniform", shared)
 
 
 def one_number_for_drafting_and_recovering(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shared(seed: Tensor, rows: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
-        return uniform(seed, rows, positions, Purpose.DRAFT if purpose == Purpose.RECOVER else purpose)
+    def shared(seed: Tensor, rows: Tensor, positions: Tensor, purpose: Purpose | Tensor) -> Tensor:
+        return uniform(seed, rows, positions, drafting_instead_of(Purpose.RECOVER, purpose))
 
     monkeypatch.setattr(rounds, "uniform", shared)
 

@@ -18,7 +18,7 @@ from trl_selfspec.options import MAX_DRAFT_LENGTH
 TOGGLE_MARGIN = 1.05  # what leaving plain rounds has to promise: measured costs scatter by about 3 %
 CHANGE_MARGIN = 1.02  # what any other change has to; as large as the loss that a choice which turned bad can hide
 BUDGET = 0.02  # share of a rollout's seconds that exploring may waste
-PROBE_SHARE = 0.005  # a known second-best choice is measured again once this share of the time since pays for it
+PROBE_SHARE = 0.005  # a known choice is measured again once this share of the time since pays for it
 FREE_PLAIN_ROUNDS = 2.0  # first exploration ever, in plain rounds wasted, before any budget has accrued
 MIN_PLAIN_ROUNDS = 3  # before drafting: the first is warm-up
 PATIENT_PLAIN_ROUNDS = 16  # the same for a large batch, where an early guess costs more and is worth less
@@ -84,8 +84,7 @@ class Controller:
         self._recent = Acceptance(FAST_DECAY, prior=self._lasting)
         self._clock_s = self._wasted_s = 0.0  # of all rollouts
         self._plain_rounds = self._plain_since_draft = 0
-        self._drafted_at_s = 0.0
-        self._plain_at_s: dict[int, float] = {}  # per row bucket
+        self._measured_at_s: dict[tuple[int, int], float] = {}  # per row bucket and draft length
         self._requantize_s: deque[float] = deque(maxlen=3)
         self._rollout_s = self._last_rollout_s = 0.0
         self._rows = 0
@@ -137,7 +136,7 @@ class Controller:
         self._plain_rounds += 1
         self._plain_since_draft += 1
         self._advance(seconds)
-        self._plain_at_s[bucket(rows)] = self._clock_s
+        self._measured_at_s[bucket(rows), 0] = self._clock_s
 
     def observe_speculative(
         self,
@@ -159,7 +158,7 @@ class Controller:
         self._expected = self._recent.tokens_per_round(MAX_DRAFT_LENGTH)
         self._drafted, self._plain_since_draft = True, 0
         self._advance(draft_s + verify_s)
-        self._drafted_at_s = self._clock_s
+        self._measured_at_s[key, gamma] = self._clock_s
 
     def observe_requantize(self, seconds: float) -> None:
         """What it took to have a current drafter before a speculative round; the first of a rollout counts."""
@@ -258,14 +257,20 @@ class Controller:
         return option.gamma
 
     def _due_again(self, rows: int, options: list[Option], incumbent: Option) -> Option | None:
-        """The other side of the gate, once a round of it costs little against the time since its last."""
+        """A known choice of which a round costs little against the time since its last one: the other side of the
+        gate, and draft lengths measured too rarely to be sure, of which a bad moment would otherwise stand for ever.
+        """
+        curve = self._verify_curve(rows)
+
+        def due(other: Option) -> bool:
+            since_s = self._clock_s - self._measured_at_s.get((bucket(rows), other.gamma), 0.0)
+            cost_s = max(_excess_s(other, incumbent), 0.1 * options[0].seconds)
+            return cost_s + (self._entry_s if other.gamma else 0.0) <= PROBE_SHARE * since_s
+
+        others = [options[0]] if incumbent.gamma else [max(options[1:], key=lambda option: option.rate)]
         if incumbent.gamma:
-            other, since_s = options[0], self._clock_s - self._plain_at_s.get(bucket(rows), 0.0)
-        else:
-            other = max(options[1:], key=lambda option: option.rate)
-            since_s = self._clock_s - self._drafted_at_s
-        cost_s = max(_excess_s(other, incumbent), 0.1 * options[0].seconds) + self._entry_s
-        return other if cost_s <= PROBE_SHARE * since_s else None
+            others += [o for o in options[1:] if o.known and not curve.is_settled(rows * (o.gamma + 1))]
+        return max((other for other in others if due(other)), key=lambda option: option.rate, default=None)
 
     def _affords(self, excess_s: float, share: float = 1.0) -> bool:
         """Whether the budget covers a trial. Requantizing is on it, unless the promised share pays for that twice."""

@@ -26,7 +26,6 @@ class LiveLoraLinear(QuantizedLinear):
 
     down: Tensor | None = None  # A: (R, in)
     up: Tensor | None = None  # B times the scaling: (out, R)
-    kernel = None  # pyright: ignore[reportAssignmentType]
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
@@ -35,6 +34,10 @@ class LiveLoraLinear(QuantizedLinear):
             return y
         assert self.up is not None
         return y + kernels.linear(kernels.linear(x, self.down), self.up)
+
+    @property
+    def kernel(self) -> None:
+        """None: it does not know of adapters."""
 
     def follow(self, factors: tuple[Tensor, Tensor] | None) -> None:
         """Takes over adapters, in place unless their rank changed; `None` removes them."""

@@ -12,6 +12,7 @@ from trl_selfspec.options import MAX_DRAFT_LENGTH
 
 
 WINDOW = 9  # measurements per bucket: their median ignores 4 outliers and follows a change within 5 rounds
+SETTLED = 4  # measurements of which the lower median outvotes two bad ones
 REACH = 2.0  # a draft step's cost is known within this factor of a measured batch
 PRIOR_ALPHA, PRIOR_WEIGHT = 0.8, 4.0  # 4-bit self-drafters reach 0.9 and more (arXiv 2606.18967); worth 4 tokens
 SHRINK_WEIGHT = 8.0  # examined tokens at which a position trusts itself as much as the pool
@@ -59,6 +60,10 @@ class CostCurve:
 
     def covers(self, n: int, reach: float = REACH) -> bool:
         return any(n / reach <= count <= n * reach for count, _ in self._points)
+
+    def is_settled(self, n: int) -> bool:
+        """Whether a single measurement in a bad moment can't make much of a difference at n."""
+        return len(self._samples.get(bucket(n), ())) >= SETTLED
 
     def floor(self, n: int) -> float:
         """The least that n can cost if seconds never fall with n, and seconds / n never rise."""

@@ -22,7 +22,7 @@ MAX_SHARE_OF_OTHER_ROUNDINGS, RELATIVE_TOLERANCE = 0.05, {torch.bfloat16: 2**-6,
 
 
 class FastForward:
-    """A decoder layer's forward whose decode steps are one call; prefills, and what it can't take, run the module's."""
+    """A decoder layer's forward with decode steps in one call; the module's own does what that can't."""
 
     def __init__(self, module: nn.Module, weights: DecoderWeights) -> None:
         self.modules_own, self.attention = module.forward, module.self_attn
@@ -43,9 +43,10 @@ class FastForward:
         return self.prepared(hidden_states, *position_embeddings, *storage)
 
     def _takes(self, hidden_states: Tensor, cache: PagedCache) -> bool:
-        dtype, layer = self.prepared.weights.dtype, cache.pages_of[self.attention.layer_idx]  # type: ignore[index]
+        layer = cache.pages_of[self.attention.layer_idx]  # type: ignore[index]
+        ready = cache.rows_in_place and layer.is_initialized
         few = hidden_states.shape[0] * hidden_states.shape[1] <= MAX_TOKENS
-        return few and cache.rows_in_place and layer.is_initialized and layer.keys.dtype is hidden_states.dtype is dtype
+        return ready and few and layer.keys.dtype is hidden_states.dtype is self.prepared.weights.dtype
 
 
 def use_fast_forward(module: nn.Module) -> None:

@@ -59,7 +59,9 @@ class MirrorLinear(nn.Module):
 class BitsAndBytesLinear(MirrorLinear):
     """A dequantized 4-bit layer, which gives back the dtype it was given."""
 
-    kernel = None
+    @property
+    def kernel(self) -> None:
+        """None: what else it does, no kernel knows of."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).to(x.dtype)
@@ -173,11 +175,13 @@ class Mirror:
         return tree
 
     def _use_fast_modules(self, tree: PreTrainedModel) -> None:
-        """Replaces norms, then layers, by kernels where a trial on the mirror itself shows that they compute the same."""
+        """Puts kernels in the place of norms, then of layers, where trials show that they do the same."""
         for name, module in list(tree.named_modules()):
             if (norm := fast_norm(module)) is not None:
                 _replace(tree, name, norm)
-        layers = {name: module for name, module in tree.named_modules() if hasattr(module, "self_attn")}
+        layers: dict[str, nn.Module] = {
+            n: module for n, module in tree.named_modules() if hasattr(module, "self_attn")
+        }
         if self._fast_layers is None:
             self._fast_layers = computing_the_same(layers)
         for name in self._fast_layers:

@@ -85,16 +85,11 @@ class RejectionVerification:
 
     def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Verdict:
         draft_probs, self._draft_probs = torch.stack(self._draft_probs, dim=1), []
-        rows, gamma = row_ids[:, None], drafts.shape[1]
-        resample = torch.cat(
-            [
-                uniform(self.seed, rows, positions[:, :gamma], Purpose.RECOVER),
-                uniform(self.seed, rows, positions[:, gamma:], Purpose.TOKEN),
-            ],
-            dim=1,
-        )
-        accept = uniform(self.seed, rows, positions[:, :gamma], Purpose.ACCEPT)
-        return verify_rejection(drafts, draft_probs, scores.softmax(-1), accept, resample)
+        gamma = drafts.shape[1]
+        purposes = torch.tensor([Purpose.ACCEPT, Purpose.RECOVER, Purpose.TOKEN], device=drafts.device)
+        accept, recover, token = uniform(self.seed, row_ids[:, None, None], positions[..., None], purposes).unbind(-1)
+        resample = torch.cat([recover[:, :gamma], token[:, gamma:]], dim=1)
+        return verify_rejection(drafts, draft_probs, scores.softmax(-1), accept[:, :gamma], resample)
 
 
 class CoupledVerification:

@@ -36,11 +36,11 @@ def uniform(
     seed: Tensor,  # () int64
     rows: Tensor,  # int64
     positions: Tensor,  # int64
-    purpose: Purpose,
+    purpose: Purpose | Tensor,  # int64
 ) -> Tensor:
-    """Uniform numbers in [0, 1), float64 with 53 random bits, of shape `broadcast(rows, positions)`.
+    """Uniform numbers in [0, 1), float64 with 53 random bits, of shape `broadcast(rows, positions, purpose)`.
 
-    All three tensors lie on one device.
+    All tensors lie on one device.
     """
     return _logical_shift(_key(seed, rows, positions, purpose), 11).double().mul_(2.0**-53)
 
@@ -84,10 +84,10 @@ def sample_inverse_cdf(
     return torch.where(has_mass, token, probs.argmax(-1))
 
 
-def _key(seed: Tensor, rows: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
+def _key(seed: Tensor, rows: Tensor, positions: Tensor, purpose: Purpose | Tensor) -> Tensor:
     """Hashes the address, one absorbed word at a time: equal keys need equal addresses, up to 2^-64 accidents."""
     row_key = _mix_((rows + 1).mul_(_GAMMA).add_(seed))
-    return _mix_((positions * _PURPOSES).add_(purpose + 1).mul_(_GAMMA) + row_key)
+    return _mix_((positions * _PURPOSES + (purpose + 1)).mul_(_GAMMA) + row_key)
 
 
 def _mix_(z: Tensor) -> Tensor:

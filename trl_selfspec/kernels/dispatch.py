@@ -10,7 +10,7 @@ from torch import Tensor
 from trl_selfspec.kernels import build, cpu
 
 
-FEW_ROWS = 32  # of fp32, where MKL reads weights at a third of the memory's bandwidth (measured, docs/LOG.md 2026-11-21)
+FEW_ROWS = 32  # of fp32, for which MKL takes up to three times as long (measured, docs/LOG.md 2026-11-21)
 
 
 @functools.cache

@@ -130,9 +130,8 @@ void decoder_layer(const DecoderLayer *l, int threads) {
     {
         const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
         char *own = normed + me * tokens * l->hidden * size;
-        int64_t begin, end;
-#define MY_FEATURES(OF) begin = first_feature(l->matrix[OF].n, me, all), end = first_feature(l->matrix[OF].n, me + 1, all)
-#define PROJECT(OF, X, Y) MY_FEATURES(OF), project(&l->matrix[OF], tokens, X, Y, dtype, begin, end)
+#define PROJECT(OF, X, Y) project(l->matrix + OF, l->matrix + (OF + 1) % MATRICES, tokens, X, Y, dtype, me, all)
+        const int64_t begin = first_feature(l->hidden, me, all), end = first_feature(l->hidden, me + 1, all);
         normalise(l, NORM_IN, l->x, own, tokens, l->hidden);
         PROJECT(Q, own, q);
         PROJECT(K, own, k);
@@ -147,11 +146,10 @@ void decoder_layer(const DecoderLayer *l, int threads) {
         normalise(l, NORM_POST, middle, own, tokens, l->hidden);
         PROJECT(GATE, own, gate);
         PROJECT(UP, own, up);
-        gate_features(l, tokens, gate, up, begin, end);
+        gate_features(l, tokens, gate, up, first_feature(l->inner, me, all), first_feature(l->inner, me + 1, all));
 #pragma omp barrier
         PROJECT(DOWN, gate, l->y);
         add_residual(l, tokens, middle, l->y, begin, end);
 #undef PROJECT
-#undef MY_FEATURES
     }
 }

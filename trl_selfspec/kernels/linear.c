@@ -21,6 +21,7 @@ typedef struct {
     const void *scale_shift; /* int4: (n, groups, 2) */
     const void *bias;
     void *y;
+    const char *next; /* what will be read after w */
     int64_t group, groups; /* int4 */
     int x_dtype, scale_dtype, bias_dtype, y_dtype;
 } Job;
@@ -28,6 +29,17 @@ typedef struct {
 INLINE void finish(const Job *j, int64_t row, int64_t feature, float sum) {
     if (j->bias) sum += load_scalar(j->bias, feature, j->bias_dtype);
     store_scalar(j->y, row * j->n + feature, j->y_dtype, sum);
+}
+
+/* `finish` for up to GROUP features of a row, from sums lane by lane. */
+static void finish_group(const Job *j, int64_t row, int64_t feature, int64_t count, const __m256 *sum) {
+    float sums[GROUP];
+    for (int64_t c = 0; c < count; c += 4) {
+        const __m256 ab = _mm256_hadd_ps(sum[c], sum[c + 1]), cd = _mm256_hadd_ps(sum[c + 2], sum[c + 3]);
+        const __m256 all = _mm256_hadd_ps(ab, cd);
+        _mm_storeu_ps(sums + c, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+    }
+    for (int64_t c = 0; c < count; c++) finish(j, row, feature + c, sums[c]);
 }
 
 /* ---- bf16 and fp32 ---- */
@@ -131,8 +143,8 @@ INLINE void dense_features(const int type, const Job *j, int64_t begin, int64_t 
         for (int64_t r = 0, h = tile_height(rows); r < rows; r += h) tiles += 1.0 / TILE_WIDTH[MIN(h, rows - r)];
         for (int64_t r = 0; r < rows; r++) spread_row(type, (const char *)j->x + (row + r) * ldw, j->k, x + r * ldx);
         for (int64_t f = begin; f < end; f += GROUP) {
-            const int64_t features = MIN(GROUP, end - f), pace = f + GROUP < end ? (int64_t)(16 * size / tiles) : 0;
-            const char *w = (const char *)j->w + f * ldw, *ahead = w + GROUP * ldw;
+            const int64_t features = MIN(GROUP, end - f), pace = (int64_t)(16 * size / tiles);
+            const char *w = (const char *)j->w + f * ldw, *ahead = f + GROUP < end ? w + GROUP * ldw : j->next;
             memset(sum, 0, (size_t)(rows * GROUP) * sizeof(__m256));
             for (int64_t k = 0; k < full; k += block)
                 ahead = dense_block(type, rows, features, x + k, ldx, w + k * size, ldw, MIN(block, full - k), sum, ahead, pace);
@@ -142,8 +154,7 @@ INLINE void dense_features(const int type, const Job *j, int64_t begin, int64_t 
                     memcpy(tail + c * 16 * size, w + c * ldw + full * size, (size_t)((j->k - full) * size));
                 dense_block(type, rows, features, x + full, ldx, tail, 16 * size, 16, sum, ahead, 0);
             }
-            for (int64_t r = 0; r < rows; r++)
-                for (int64_t c = 0; c < features; c++) finish(j, row + r, f + c, sum8(sum[r * GROUP + c]));
+            for (int64_t r = 0; r < rows; r++) finish_group(j, row + r, f, features, sum + r * GROUP);
         }
     }
 }
@@ -219,7 +230,8 @@ INLINE void load_scales(const int scale_dtype, const void *scale_shift, int64_t 
 
 /* R rows against one feature. `blocks` = group / 32; `lds` is the rows' stride of scale and total. */
 INLINE void int4_tile(const int R, const int blocks, const int scale_dtype, const Job *j, int64_t feature,
-                      const int8_t *q, int64_t ldq, const float *scale, const float *total, int64_t lds, int64_t row) {
+                      const int8_t *q, int64_t ldq, const float *scale, const float *total, int64_t lds, int64_t row,
+                      const char *ahead) {
     const __m256i nibble = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1);
     const int64_t bytes = j->groups * blocks * 16, pair = scale_dtype == BF16 ? 4 : 8;
     const uint8_t *w = (const uint8_t *)j->w + feature * bytes;
@@ -239,7 +251,8 @@ INLINE void int4_tile(const int R, const int blocks, const int scale_dtype, cons
         }
         for (int64_t g = 0; g < n; g++, w += blocks * 16) {
             __m256i codes[4];
-            _mm_prefetch((const char *)w + FEATURES * bytes, _MM_HINT_T1);
+            _mm_prefetch(ahead, _MM_HINT_T1);
+            ahead += blocks * 16;
 #pragma GCC unroll 4
             for (int b = 0; b + 1 < blocks; b += 2) {
                 const __m256i packed = _mm256_loadu_si256((const __m256i *)(w + b * 16));
@@ -279,10 +292,12 @@ INLINE void int4_features(const int blocks, const int scale_dtype, const Job *j,
             quantize_row(j, j->x, (row + r) * j->k, q + r * ldq, scale + r * lds, total + r * lds);
         for (int64_t f = begin; f < end; f += FEATURES)
             for (int64_t r = 0; r < rows;) {
-                const int64_t left = rows - r, last = MIN(end, f + FEATURES);
-#define SWEEP(R)                                                                                                      \
-    for (int64_t c = f; c < last; c++)                                                                                \
-        int4_tile(R, blocks, scale_dtype, j, c, q + r * ldq, ldq, scale + r * lds, total + r * lds, lds, row + r);    \
+                const int64_t left = rows - r, last = MIN(end, f + FEATURES), bytes = ldq / 2;
+                const char *ahead = last < end ? (const char *)j->w + last * bytes : j->next;
+#define SWEEP(R)                                                                                              \
+    for (int64_t c = f; c < last; c++)                                                                        \
+        int4_tile(R, blocks, scale_dtype, j, c, q + r * ldq, ldq, scale + r * lds, total + r * lds, lds, row + r, \
+                  ahead + (c - f) * bytes);                                                                   \
     r += R;
                 if (left >= 4) { SWEEP(4) }
                 else if (left == 3) { SWEEP(3) }
@@ -314,26 +329,30 @@ typedef struct { /* 8 bytes each, as Python packs them */
     int64_t scale_dtype, bias_dtype;
 } Matrix;
 
-/* Features [begin, end) of y = x W^T + bias; x and y have the same dtype. */
-static void project(const Matrix *w, int64_t m, const void *x, void *y, int dtype, int64_t begin, int64_t end) {
-    static const Features bodies[] = {bf16_features, int4_features_1, int4_features_2, int4_features_3, int4_features_4};
-    const Job j = {.m = m, .n = w->n, .k = w->k, .x = x, .w = w->w, .scale_shift = w->scale_shift, .bias = w->bias,
-                   .y = y, .group = w->group, .groups = w->group ? (w->k + w->group - 1) / w->group : 0,
-                   .x_dtype = dtype, .scale_dtype = (int)w->scale_dtype, .bias_dtype = (int)w->bias_dtype,
-                   .y_dtype = dtype};
-    (w->group || dtype == BF16 ? bodies[w->group / GROUP_LANES] : fp32_features)(&j, begin, end);
-}
-
 /* The features of thread `me` begin here: whole passes, and whole vectors. */
 INLINE int64_t first_feature(int64_t n, int64_t me, int64_t all) {
     return MIN(n, (n + 2 * GROUP - 1) / (2 * GROUP) * me / all * (2 * GROUP));
 }
 
+static const char *row_of(const Matrix *w, int64_t feature, int dtype) {
+    const int64_t groups = w->group ? (w->k + w->group - 1) / w->group : 0;
+    return (const char *)w->w + feature * (w->group ? groups * w->group / 2 : w->k * (dtype == BF16 ? 2 : 4));
+}
+
+/* The part of thread `me` of y = x W^T + bias; x and y have the same dtype. `next` is multiplied by after it. */
+static void project(const Matrix *w, const Matrix *next, int64_t m, const void *x, void *y, int dtype, int64_t me,
+                    int64_t all) {
+    static const Features bodies[] = {bf16_features, int4_features_1, int4_features_2, int4_features_3, int4_features_4};
+    const Job j = {.m = m, .n = w->n, .k = w->k, .x = x, .w = w->w, .scale_shift = w->scale_shift, .bias = w->bias,
+                   .y = y, .next = row_of(next, first_feature(next->n, me, all), dtype), .group = w->group,
+                   .groups = w->group ? (w->k + w->group - 1) / w->group : 0, .x_dtype = dtype,
+                   .scale_dtype = (int)w->scale_dtype, .bias_dtype = (int)w->bias_dtype, .y_dtype = dtype};
+    const Features body = w->group || dtype == BF16 ? bodies[w->group / GROUP_LANES] : fp32_features;
+    body(&j, first_feature(w->n, me, all), first_feature(w->n, me + 1, all));
+}
+
 void linear(const Matrix *w, int threads, int64_t m, const void *x, void *y, int dtype) {
     threads = useful_threads((double)m * (double)w->n * (double)w->k, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-        project(w, m, x, y, dtype, first_feature(w->n, me, all), first_feature(w->n, me + 1, all));
-    }
+    project(w, w, m, x, y, dtype, omp_get_thread_num(), omp_get_num_threads());
 }

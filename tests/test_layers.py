@@ -1,0 +1,178 @@
+"""Decoder layers in one call against the modules whose place they take."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trl_selfspec import kernels, layers
+from trl_selfspec.attention import bind_cache
+from trl_selfspec.cache import PagedCache
+from trl_selfspec.drafter import make_drafter, requantize
+from trl_selfspec.layers import FastForward
+from trl_selfspec.mirror import Mirror
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+LENGTHS, CAPACITY = (9, 3, 14, 6, 1), 40
+# Exponentials that differ in the last bit, through two layers and the head.
+TOLERANCE = {FP32: 1e-5, BF16: 0.03}
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C compiler or no AVX2")
+
+
+def fast_forwards(tree: nn.Module) -> list[FastForward]:
+    return [module.forward for module in tree.modules() if isinstance(getattr(module, "forward", None), FastForward)]
+
+
+def without_fast_forwards(tree: PreTrainedModel) -> PreTrainedModel:
+    for module in tree.modules():
+        if isinstance(getattr(module, "forward", None), FastForward):
+            del module.forward
+    return tree
+
+
+@torch.no_grad()
+def decoded(model: PreTrainedModel, num_steps: int, num_rows: int = len(LENGTHS)) -> Tensor:
+    """Logits of a prefill of ragged rows and of two steps after it."""
+    cache = PagedCache(model.config.num_hidden_layers, num_rows, CAPACITY)
+    bind_cache(model, cache)
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor(LENGTHS[:num_rows])
+
+    def forward(positions: Tensor, **kwargs: object) -> Tensor:
+        ids = torch.randint(3, model.config.vocab_size, positions.shape, generator=generator)
+        cache.begin(positions, CAPACITY, **kwargs)  # type: ignore[arg-type]
+        return model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
+
+    forward(torch.arange(max(LENGTHS)).expand(num_rows, -1), lengths=lengths, fresh=True)
+    steps = [lengths[:, None] + start + torch.arange(num_steps) for start in (0, num_steps)]
+    return torch.cat([forward(positions) for positions in steps], dim=1)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.float() - expected.float()).abs().max() / expected.float().std()).item()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "smollm3"])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("num_steps", [1, 2, 6])
+def test_a_layer_in_one_call_gives_what_its_modules_give(family: str, dtype: torch.dtype, num_steps: int) -> None:
+    """Catches a wrong rotation, rounding, window or residual, and ragged rows that see each other."""
+    mirror = Mirror(tiny_model(family, dtype=dtype))
+    assert len(fast_forwards(mirror.model)) == 2
+    actual = decoded(mirror.model, num_steps)
+    expected = decoded(without_fast_forwards(mirror.tree()), num_steps)
+    assert relative_error(actual, expected) <= TOLERANCE[dtype]
+    other = decoded(without_fast_forwards(Mirror(tiny_model(family, seed=1, dtype=dtype)).model), num_steps)
+    assert relative_error(actual, other) > 0.5  # negative control: other weights
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_a_drafters_layer_in_one_call_gives_what_its_modules_give(dtype: torch.dtype) -> None:
+    """int4 weights, scales and head sizes go through the same call."""
+    mirror = Mirror(tiny_model("qwen2", dtype=dtype))
+    drafter = make_drafter(mirror, "qint4")
+    requantize(drafter, mirror)
+    assert len(fast_forwards(drafter)) == 2
+    actual = decoded(drafter, 2)
+    assert relative_error(actual, decoded(without_fast_forwards(drafter), 2)) <= TOLERANCE[dtype]
+    assert relative_error(actual, decoded(mirror.model, 2)) > TOLERANCE[dtype]  # negative control: not quantized
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_a_row_does_not_see_its_neighbours(dtype: torch.dtype) -> None:
+    """A row's tokens would depend on the batch it happens to be in."""
+    model = Mirror(tiny_model("qwen2", dtype=dtype)).model
+    together = decoded(model, 2, 1)
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(together, decoded(model, 2, 1))
+    finally:
+        torch.set_num_threads(1)
+    cache = PagedCache(2, len(LENGTHS), CAPACITY)
+    bind_cache(model, cache)
+    hidden = torch.randn(len(LENGTHS), 2, 64).to(dtype)
+    angles = torch.randn(len(LENGTHS), 2, 16).to(dtype)
+
+    def step(rows: slice) -> Tensor:
+        positions = torch.arange(2).expand(len(hidden[rows]), 2)
+        cache.begin(positions, CAPACITY)
+        return model.model.layers[0](hidden[rows], position_embeddings=(angles[rows], angles[rows]))
+
+    cache.pages_of[0].lazy_initialization(*[torch.zeros(1, 2, 1, 16, dtype=dtype)] * 2)
+    everyone = step(slice(None))
+    for count in range(1, len(LENGTHS)):
+        assert torch.equal(step(slice(count)), everyone[:count])
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("granite", {}),  # multiplies its residuals
+        ("llama", {"hidden_act": "gelu"}),
+        ("llama", {"head_dim": 8}),  # half a head is no whole vector
+        ("gemma2", {"num_hidden_layers": 2}),
+        ("olmo2", {}),
+        ("qwen3_moe", {}),
+    ],
+)
+def test_other_layers_keep_their_modules(family: str, overrides: dict) -> None:
+    """Same parts do not make the same function: only a trial shows a multiplier or another activation."""
+    assert not fast_forwards(Mirror(tiny_model(family, **overrides)).model)
+
+
+def test_parts_that_start_out_neutral_are_noticed() -> None:
+    """A parameter that is zero today passes every trial, and is trained tomorrow."""
+
+    class Gated(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.__dict__.update(copy.copy(layer).__dict__)
+            self._parameters = {"gate": nn.Parameter(torch.zeros(1))}
+
+    layer = without_fast_forwards(Mirror(tiny_model("llama")).model).model.layers[0]
+    assert layers.computing_the_same({"layer": layer}) == ["layer"]
+    assert layers.computing_the_same({"layer": Gated(layer)}) == []
+
+
+def test_the_trial_leaves_weights_and_cache_as_they_were() -> None:
+    """It runs with random weights in the place of the mirror's, which are the policy's own."""
+    policy = tiny_model("llama")
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    mirror = Mirror(policy)
+    assert fast_forwards(mirror.model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
+    source = policy.model.layers[0].self_attn.q_proj.weight
+    assert mirror.model.model.layers[0].self_attn.q_proj.weight.data_ptr() == source.data_ptr()
+    assert getattr(mirror.model.model.layers[0].self_attn, "paged_cache", None) is None
+
+
+def test_a_layer_follows_weights_that_move() -> None:
+    """An optimizer may put a parameter elsewhere: a remembered address would read freed memory."""
+    policy = tiny_model("qwen3")
+    mirror = Mirror(policy)
+    before = decoded(mirror.model, 2)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.data = parameter * 1.5
+    mirror.refresh()
+    after = decoded(mirror.model, 2)
+    assert relative_error(after, decoded(without_fast_forwards(mirror.tree()), 2)) <= TOLERANCE[FP32]
+    assert relative_error(after, before) > 0.1  # negative control
+
+
+def test_many_tokens_and_prefills_run_the_modules() -> None:
+    """The call would be right for them too, but slower than large matrix products."""
+    model = Mirror(tiny_model("llama")).model
+    fast = fast_forwards(model)[0]
+    calls: list[int] = []
+    own = fast.modules_own
+    fast.modules_own = lambda *args, **kwargs: calls.append(args[0].shape[1]) or own(*args, **kwargs)
+    decoded(model, 2)
+    assert calls == [max(LENGTHS)]
+    decoded(model, layers.MAX_TOKENS // len(LENGTHS) + 1)
+    assert calls[1:] == [max(LENGTHS)] + [layers.MAX_TOKENS // len(LENGTHS) + 1] * 2
