@@ -1,6 +1,5 @@
 """Trainer laws, on real TRL runs of two or three steps: only the source of tokens changes, and it shows in the log."""
 
-import dataclasses
 import logging
 import math
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from transformers import GenerationConfig, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl import GRPOConfig, GRPOTrainer
 from trl_runs import (
     ALWAYS_SPECULATE,
     FP32_LOGP_TOLERANCE,
@@ -25,7 +24,6 @@ from trl_runs import (
 )
 
 from trl_selfspec import SelfSpecEngine, SelfSpecMixin
-from trl_selfspec.config import SelfSpecConfigMixin
 from trl_selfspec.mirror import Mirror
 
 
@@ -116,11 +114,11 @@ def test_what_the_engine_cannot_honour_is_generated_by_trl_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, generation_kwargs: dict[str, Any], reason: str
 ) -> None:
     """A parameter dropped in silence trains on samples of another law."""
-    with caplog.at_level(logging.WARNING, logger="trl_selfspec.trainer"):
+    with caplog.at_level(logging.WARNING, logger="trl_selfspec.mixin"):
         log = train(make_trainer(tmp_path, generation_kwargs=generation_kwargs))
     assert [entry["selfspec/fallback"] for entry in log] == [1, 1]
     assert "selfspec/alpha" not in log[0]
-    warnings = [record.getMessage() for record in caplog.records if record.name == "trl_selfspec.trainer"]
+    warnings = [record.getMessage() for record in caplog.records if record.name == "trl_selfspec.mixin"]
     assert len(warnings) == 1
     assert reason in warnings[0]
 
@@ -130,10 +128,10 @@ def test_a_model_the_engine_cannot_mirror_is_generated_by_trl_and_named(
 ) -> None:
     """An unsupported architecture must train as it would with TRL, not end in an error from inside the engine."""
     model = make_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0})
-    with caplog.at_level(logging.WARNING, logger="trl_selfspec.trainer"):
+    with caplog.at_level(logging.WARNING, logger="trl_selfspec.mixin"):
         log = train(make_trainer(tmp_path, model=model))
     assert [entry["selfspec/fallback"] for entry in log] == [1, 1]
-    (warning,) = [record.getMessage() for record in caplog.records if record.name == "trl_selfspec.trainer"]
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "trl_selfspec.mixin"]
     assert "dynamic" in warning
 
 
@@ -204,23 +202,6 @@ def test_a_rollout_func_can_generate_with_the_engine(tmp_path: Path) -> None:
 
     log = train(make_trainer(tmp_path, trainer_kwargs={"rollout_func": rollout}, **ALWAYS_SPECULATE))
     assert all(entry["selfspec/alpha"] > 0 for entry in log)
-
-
-@dataclasses.dataclass
-class _SelfSpecRLOOConfig(SelfSpecConfigMixin, RLOOConfig):
-    pass
-
-
-class _SelfSpecRLOOTrainer(SelfSpecMixin, RLOOTrainer):
-    def _pack_rollout(self, completion_ids: Any, logprobs: Any) -> Any:
-        return completion_ids
-
-
-def test_another_trl_trainer_gets_the_engine_by_one_method(tmp_path: Path) -> None:
-    """The mixin must not lean on what only GRPO has."""
-    trainer = make_trainer(tmp_path, _SelfSpecRLOOTrainer, _SelfSpecRLOOConfig, beta=0.0, **ALWAYS_SPECULATE)
-    for entry in train(trainer):
-        assert entry["selfspec/alpha"] > 0
 
 
 def test_iterating_and_accumulating_generate_as_often_as_trl(tmp_path: Path) -> None:
