@@ -30,7 +30,7 @@ REFUSED_ARGUMENTS = (
 REFUSED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 # Prepared by `generate` itself, or without a say in which tokens are drawn.
 _HONOURED_MODEL_KWARGS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
-_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
+_GENERATE = inspect.unwrap(vars(GenerationMixin)["generate"]).__code__
 
 
 class SelfSpecGenerate:
@@ -126,9 +126,8 @@ def _check_outputs(config: GenerationConfig) -> None:
 
 
 def _check_model_kwargs(model_kwargs: dict[str, Any], mask: Tensor | None) -> None:
-    refused = [
-        name for name, value in model_kwargs.items() if value is not None and name not in _HONOURED_MODEL_KWARGS
-    ]
+    given = [name for name, value in model_kwargs.items() if value is not None]
+    refused = [name for name in given if name not in _HONOURED_MODEL_KWARGS]
     if getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False):
         refused.append("past_key_values")
     if (position_ids := model_kwargs.get("position_ids")) is not None:

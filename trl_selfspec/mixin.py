@@ -9,7 +9,7 @@ import inspect
 import math
 import os
 import time
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy
@@ -311,8 +311,7 @@ def _check_bases(cls: type) -> None:
             f"turn them round: `class {cls.__name__}(SelfSpecMixin, {trainer})`."
         )
     raise TypeError(
-        f"`class {cls.__name__}` puts SelfSpecMixin in front of no online trainer: it serves those of TRL that generate "
-        "in `_generate_single_turn` (GRPOTrainer, RLOOTrainer, DistillationTrainer and what derives from them). A "
-        "trainer that calls `model.generate` itself can be given `custom_generate=SelfSpecGenerate(engine)`; see "
-        "docs/subclassing.md."
+        f"`class {cls.__name__}` puts SelfSpecMixin in front of no online trainer. It serves those that generate in "
+        "`_generate_single_turn`: GRPOTrainer, RLOOTrainer, DistillationTrainer and what derives from them. A trainer "
+        "that calls `model.generate` itself can be served by `SelfSpecGenerate` instead; see docs/subclassing.md."
     )
