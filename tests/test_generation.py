@@ -2,7 +2,6 @@
 
 import doctest
 import gc
-import inspect
 import weakref
 from typing import Any
 
@@ -11,40 +10,21 @@ import pytest
 import torch
 from laws import chi_square, joint_counts, joint_law
 from peft import LoraConfig, get_peft_model
-from tiny_models import FAMILIES, ragged_prompts, scale_weights, tiny_model
+from tiny_models import FAMILIES, always_speculating, left_padded, ragged_prompts, scale_weights, tiny_model
 from torch import Tensor
 from transformers import (
-    DynamicCache,
-    GenerationMixin,
-    LogitsProcessorList,
     PreTrainedModel,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TextStreamer,
 )
-from transformers.generation import GenerateDecoderOnlyOutput, MaxLengthCriteria
+from transformers.generation import GenerateDecoderOnlyOutput
 from trl_runs import make_model, make_tokenizer
 
-from trl_selfspec import SelfSpecEngine, SelfSpecGenerate, SelfSpecOptions, generation
+from trl_selfspec import SelfSpecGenerate, SelfSpecOptions, generation
 
 
 PAD = 0
 PROMPTS = ragged_prompts([1, 9, 5, 20, 2, 14])
 EOS = list(range(20, 32))  # so many that rows end at different times
 FALSE_ALARM = 1e-4
-
-
-def make_engine(model: PreTrainedModel, gamma: int = 3, **values: Any) -> SelfSpecEngine:
-    """Speculates in every round, with the drafter that is the most often wrong."""
-    options: dict[str, Any] = {"max_active_sequences": 10_000, "draft_qtype": "qint4"} | values
-    return SelfSpecEngine(model, SelfSpecOptions(num_speculative_tokens=gamma, **options))
-
-
-def left_padded(prompts: list[list[int]], pad: int = PAD) -> dict[str, Tensor]:
-    width = max(map(len, prompts))
-    ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +34,14 @@ def llama() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def speculative(llama: PreTrainedModel) -> SelfSpecGenerate:
-    return SelfSpecGenerate(make_engine(llama))
+    return SelfSpecGenerate(always_speculating(llama))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_equals_plain_generate_padding_included(family: str) -> None:
     """Callers index the result by the prompt's width and trust what stands behind a row's EOS token."""
     model = tiny_model(family)
-    speculative = SelfSpecGenerate(make_engine(model))
+    speculative = SelfSpecGenerate(always_speculating(model))
     arguments: dict[str, Any] = left_padded(PROMPTS) | {"max_new_tokens": 24, "eos_token_id": EOS, "pad_token_id": PAD}
     expected = model.generate(**arguments)
     actual = model.generate(**arguments, custom_generate=speculative)
@@ -83,6 +63,7 @@ def test_greedy_equals_plain_generate_padding_included(family: str) -> None:
         {"max_new_tokens": 24, "eos_token_id": EOS, "min_new_tokens": 9},
         {"max_length": 40, "eos_token_id": EOS, "min_length": 28},
         {"max_new_tokens": 24, "repetition_penalty": 1.4},
+        {"max_new_tokens": 24, "no_repeat_ngram_size": 2},
         {"max_new_tokens": 24, "suppress_tokens": [40, 41, 42], "forced_eos_token_id": 7},
         {"max_new_tokens": 24, "use_cache": False},
     ],
@@ -130,7 +111,7 @@ def test_the_generation_config_of_the_model_fills_what_is_unset() -> None:
     """A checkpoint's own sampling defaults apply, as in plain `generate`."""
     model = tiny_model("llama")
     model.generation_config.update(repetition_penalty=1.5, eos_token_id=EOS, max_new_tokens=18, pad_token_id=PAD)
-    speculative = SelfSpecGenerate(make_engine(model))
+    speculative = SelfSpecGenerate(always_speculating(model))
     expected = model.generate(**left_padded(PROMPTS))
     assert torch.equal(model.generate(**left_padded(PROMPTS), custom_generate=speculative), expected)
     plainer = model.generate(**left_padded(PROMPTS), custom_generate=speculative, repetition_penalty=1.0)
@@ -145,7 +126,7 @@ def test_coupled_samples_do_not_depend_on_speculation(llama: PreTrainedModel, ar
 
     def sample(gamma: int, seed: int) -> Tensor:
         torch.manual_seed(seed)
-        speculative = SelfSpecGenerate(make_engine(llama, gamma, verification="coupled"))
+        speculative = SelfSpecGenerate(always_speculating(llama, gamma, verification="coupled"))
         return llama.generate(
             **left_padded(PROMPTS),
             **arguments,
@@ -177,7 +158,7 @@ def test_samples_of_a_padded_batch_follow_the_law() -> None:
         num_return_sequences=repeats,
         max_new_tokens=2,
         pad_token_id=PAD,
-        custom_generate=SelfSpecGenerate(make_engine(model, gamma=2)),
+        custom_generate=SelfSpecGenerate(always_speculating(model, gamma=2)),
     )
     for prompt, samples in zip(prompts, output[:, 4:].reshape(2, repeats, 2), strict=True):
         counts = joint_counts(samples.numpy(), size)
@@ -209,10 +190,16 @@ def test_greedy_draws_nothing_from_torchs_generator(llama: PreTrainedModel, spec
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_no_key_value_memory_is_kept(llama: PreTrainedModel, speculative: SelfSpecGenerate) -> None:
+    """In a trainer the backward pass follows and needs the room."""
+    llama.generate(**left_padded(PROMPTS), max_new_tokens=4, pad_token_id=PAD, custom_generate=speculative)
+    assert speculative.engine._cache is None
+
+
 def test_changed_weights_are_followed() -> None:
     """Samples of the weights from before an optimizer step look plausible and are wrong."""
     model = tiny_model("llama")
-    speculative = SelfSpecGenerate(make_engine(model))
+    speculative = SelfSpecGenerate(always_speculating(model))
     arguments: dict[str, Any] = left_padded(PROMPTS) | {"max_new_tokens": 24, "pad_token_id": PAD}
     before = model.generate(**arguments, custom_generate=speculative)
     scale_weights(model, seed=1)
@@ -225,7 +212,7 @@ def test_a_peft_model_generates_with_its_adapter() -> None:
     """PEFT calls the inner model's `generate`: the engine has to know it as its own, adapter and all."""
     config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     model = get_peft_model(tiny_model("llama"), config)
-    speculative = SelfSpecGenerate(make_engine(model))  # type: ignore[arg-type]
+    speculative = SelfSpecGenerate(always_speculating(model))  # type: ignore[arg-type]
     arguments: dict[str, Any] = left_padded(PROMPTS) | {"max_new_tokens": 24, "pad_token_id": PAD}
     expected = model.generate(**arguments)
     assert torch.equal(model.generate(**arguments, custom_generate=speculative), expected)
@@ -238,7 +225,7 @@ def test_a_peft_model_generates_with_its_adapter() -> None:
 def test_nothing_keeps_a_model_alive_but_its_engine() -> None:
     """One engine per evaluation of a sweep would otherwise fill the memory."""
     model = tiny_model("llama")
-    speculative = SelfSpecGenerate(make_engine(model))
+    speculative = SelfSpecGenerate(always_speculating(model))
     model.generate(**left_padded(PROMPTS), max_new_tokens=4, pad_token_id=PAD, custom_generate=speculative)
     watched = weakref.ref(model), weakref.ref(speculative.engine)
     del model
@@ -247,124 +234,6 @@ def test_nothing_keeps_a_model_alive_but_its_engine() -> None:
     del speculative
     gc.collect()
     assert watched[0]() is watched[1]() is None
-
-
-# What can't be honoured
-
-
-class _Nothing(MaxLengthCriteria):
-    def __init__(self) -> None:
-        super().__init__(max_length=1_000_000)
-
-
-REFUSED: dict[str, dict[str, Any]] = {
-    "logits_processor": {"logits_processor": LogitsProcessorList([TemperatureLogitsWarper(2.0)])},
-    "stopping_criteria": {"stopping_criteria": StoppingCriteriaList([_Nothing()])},
-    "prefix_allowed_tokens_fn": {"prefix_allowed_tokens_fn": lambda batch_id, ids: [5]},
-    "streamer": {"streamer": TextStreamer(make_tokenizer()), "input_ids": torch.tensor([[5, 6]])},
-    "negative_prompt_ids": {"negative_prompt_ids": torch.tensor([[5]])},
-    "negative_prompt_attention_mask": {"negative_prompt_attention_mask": torch.tensor([[1]])},
-    "num_beams": {"num_beams": 2},
-    "guidance_scale": {"guidance_scale": 1.5},
-    "max_time": {"max_time": 10.0},
-    "prompt_lookup_num_tokens": {"prompt_lookup_num_tokens": 2},
-    "output_scores": {"output_scores": True, "return_dict_in_generate": True},
-    "output_logits": {"output_logits": True, "return_dict_in_generate": True},
-    "output_attentions": {"output_attentions": True, "return_dict_in_generate": True},
-    "output_hidden_states": {"output_hidden_states": True, "return_dict_in_generate": True},
-    "position_ids": {"position_ids": torch.tensor([[4, 5, 6, 7]]), "input_ids": torch.tensor([[5, 6, 7, 8]])},
-    "past_key_values": {"past_key_values": DynamicCache()},
-    "max_new_tokens": {"max_new_tokens": 128},
-    "stop strings": {"stop_strings": ["a"], "tokenizer": make_tokenizer()},  # refused by transformers, in its words
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-@pytest.mark.filterwarnings("ignore:You have set `use_cache`:UserWarning")
-def test_what_cannot_be_honoured_raises_with_its_name(
-    llama: PreTrainedModel, speculative: SelfSpecGenerate, name: str
-) -> None:
-    """`generate` drops half of these before it calls us; a result without them would look like one with them."""
-    arguments = {"input_ids": torch.tensor([[5, 6], [7, 8]]), "max_new_tokens": 4, "pad_token_id": PAD} | REFUSED[name]
-    with pytest.raises(ValueError, match=name):
-        llama.generate(**arguments, custom_generate=speculative)
-
-
-def test_an_assistant_is_refused(llama: PreTrainedModel, speculative: SelfSpecGenerate) -> None:
-    ids = torch.tensor([[5, 6]])
-    with pytest.raises(ValueError, match="assistant_model"):
-        llama.generate(
-            ids, max_new_tokens=4, pad_token_id=PAD, assistant_model=tiny_model(seed=1), custom_generate=speculative
-        )
-
-
-def test_embeddings_are_refused(llama: PreTrainedModel, speculative: SelfSpecGenerate) -> None:
-    embeddings = torch.zeros(1, 2, llama.config.hidden_size)
-    with pytest.raises(ValueError, match="inputs_embeds"):
-        llama.generate(inputs_embeds=embeddings, max_new_tokens=4, pad_token_id=PAD, custom_generate=speculative)
-
-
-@pytest.mark.parametrize("mask", [[[1, 1, 0], [1, 1, 1]], [[1, 0, 1], [1, 1, 1]]], ids=["right", "hole"])
-def test_only_left_padding_is_taken(
-    llama: PreTrainedModel, speculative: SelfSpecGenerate, mask: list[list[int]]
-) -> None:
-    """Tokens that are dropped from inside a prompt leave another prompt."""
-    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
-    with pytest.raises(ValueError, match="padding_side='left'"):
-        llama.generate(
-            ids, attention_mask=torch.tensor(mask), max_new_tokens=4, pad_token_id=PAD, custom_generate=speculative
-        )
-
-
-def test_a_prompt_of_padding_alone_is_refused(llama: PreTrainedModel, speculative: SelfSpecGenerate) -> None:
-    mask = torch.tensor([[1, 1], [0, 0]])
-    with pytest.raises(ValueError, match="Prompt 1 is empty"):
-        llama.generate(
-            torch.full((2, 2), 5), attention_mask=mask, max_new_tokens=4, pad_token_id=PAD, custom_generate=speculative
-        )
-
-
-def test_the_limit_of_the_context_is_reached_but_not_passed(
-    llama: PreTrainedModel, speculative: SelfSpecGenerate
-) -> None:
-    """The engine ends rows at the context, plain `generate` goes on: short output would be silent."""
-    ids = torch.tensor([[5, 6, 7]])
-    output = llama.generate(ids, max_new_tokens=125, pad_token_id=PAD, custom_generate=speculative)
-    assert torch.equal(output, llama.generate(ids, max_new_tokens=125, pad_token_id=PAD))
-    with pytest.raises(ValueError, match="use at most 125"):
-        llama.generate(ids, max_new_tokens=126, pad_token_id=PAD, custom_generate=speculative)
-
-
-def test_another_model_is_refused(speculative: SelfSpecGenerate) -> None:
-    """The engine would answer with its own model's tokens."""
-    with pytest.raises(ValueError, match="one per model"):
-        tiny_model("llama", seed=1).generate(torch.tensor([[5]]), max_new_tokens=2, custom_generate=speculative)
-
-
-def test_an_autocast_that_the_engine_does_not_follow_is_refused(
-    llama: PreTrainedModel, speculative: SelfSpecGenerate
-) -> None:
-    """Plain `generate` would compute in bf16 there."""
-    ids = torch.tensor([[5, 6]])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        with pytest.raises(ValueError, match=r"autocast_dtype=torch\.bfloat16"):
-            llama.generate(ids, max_new_tokens=2, pad_token_id=PAD, custom_generate=speculative)
-        engine = SelfSpecEngine(llama, autocast_dtype=torch.bfloat16)
-        llama.generate(ids, max_new_tokens=2, pad_token_id=PAD, custom_generate=SelfSpecGenerate(engine))
-
-
-def test_a_direct_call_is_refused(llama: PreTrainedModel, speculative: SelfSpecGenerate) -> None:
-    """Without `generate` nobody prepared the config, and nobody can tell what was asked for."""
-    with pytest.raises(ValueError, match=r"model\.generate"):
-        speculative(llama, torch.tensor([[5]]), [], [], llama.generation_config)
-
-
-def test_every_argument_of_generate_is_accounted_for() -> None:
-    """An argument that a newer transformers adds would be dropped in silence."""
-    honoured = {"self", "inputs", "generation_config", "custom_generate", "kwargs"}
-    nothing_to_do = {"synced_gpus"}  # decoding is not collective
-    parameters = set(inspect.signature(GenerationMixin.generate).parameters)
-    assert parameters == honoured | nothing_to_do | set(generation.REFUSED_ARGUMENTS)
 
 
 def test_the_docstrings_example_runs() -> None:

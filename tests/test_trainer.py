@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import GenerationConfig, TrainerCallback
+from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 from trl_runs import (
     ALWAYS_SPECULATE,
     FP32_LOGP_TOLERANCE,
+    GREEDY,
     PROMPTS,
     Recorder,
     assert_same_weights,
+    greedy_run,
     make_model,
     make_tokenizer,
     make_trainer,
@@ -25,9 +27,6 @@ from trl_runs import (
 
 from trl_selfspec import SelfSpecEngine, SelfSpecMixin
 from trl_selfspec.mirror import Mirror
-
-
-GREEDY = {"generation_kwargs": {"do_sample": False}}
 
 
 def test_switched_off_it_is_stock_trl_bit_for_bit(tmp_path: Path) -> None:
@@ -57,25 +56,6 @@ def test_the_comparison_with_stock_trl_sees_another_sampler(tmp_path: Path) -> N
     train(make_trainer(tmp_path / "on", reward=on_reward, max_steps=1, **ALWAYS_SPECULATE))
     train(make_trainer(tmp_path / "stock", GRPOTrainer, GRPOConfig, reward=stock_reward, max_steps=1))
     assert on_reward.completion_ids != stock_reward.completion_ids
-
-
-class _MoveWeights(TrainerCallback):
-    """Moves the weights after each step: a greedy group has equal completions, and so no gradient that would."""
-
-    @torch.no_grad()
-    def on_step_end(self, *_: Any, model: torch.nn.Module, **__: Any) -> None:
-        for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
-            parameter += 0.1 * torch.arange(parameter.numel()).sin().view_as(parameter)
-
-
-def greedy_run(tmp_path: Path, lora: bool = False, **overrides: Any) -> list[list[list[int]]]:
-    reward = Recorder()
-    peft_config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    kwargs = {"callbacks": [_MoveWeights()], "peft_config": peft_config if lora else None}
-    options = {"max_steps": 3, "learning_rate": 0.0, "shuffle_dataset": False}
-    train(make_trainer(tmp_path, reward=reward, trainer_kwargs=kwargs, **options, **GREEDY, **overrides))
-    assert len(reward.completion_ids) == 3
-    return reward.completion_ids
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from .config import SelfSpecGRPOConfig, SelfSpecRLOOConfig
+    from .config import SelfSpecConfigMixin, SelfSpecGRPOConfig, SelfSpecRLOOConfig
     from .engine import SelfSpecEngine
     from .generation import SelfSpecGenerate
     from .mixin import SelfSpecMixin
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "RolloutStats",
+    "SelfSpecConfigMixin",
     "SelfSpecEngine",
     "SelfSpecGRPOConfig",
     "SelfSpecGRPOTrainer",
@@ -31,6 +32,7 @@ __all__ = [
 
 _MODULES = {
     "RolloutStats": ".stats",
+    "SelfSpecConfigMixin": ".config",
     "SelfSpecEngine": ".engine",
     "SelfSpecGRPOConfig": ".config",
     "SelfSpecGRPOTrainer": ".trainer",

@@ -40,7 +40,8 @@ class SelfSpecGenerate:
     `num_return_sequences`, `return_dict_in_generate` (with `sequences` alone) and every sampling parameter that the
     engine supports are honoured, everything else raises. Rows are processed without their padding, which plain
     `generate` shows to `no_repeat_ngram_size`, `forced_bos_token_id` and the `encoder_` parameters. Dropout is off.
-    The engine follows changed weights by itself. It keeps its model alive, and nothing else keeps the engine.
+    The engine follows changed weights by itself; where they are sharded, all processes have to call `generate`
+    together. It keeps its model alive, and nothing but this object keeps the engine.
 
     Args:
         engine: built on the model (or on the PEFT model) whose `generate` is called.
@@ -85,6 +86,7 @@ class SelfSpecGenerate:
             self.engine.refresh()
         # A greedy call draws nothing from torch's generator, as in `generate`.
         output = self.engine.generate(prompts, config, seed=None if config.do_sample else 0)
+        self.engine.release()  # as after plain `generate`, whose cache goes with the call
         self.stats = output.stats
         sequences = _padded(input_ids, output.completion_ids, generation_config)
         if generation_config.return_dict_in_generate:
