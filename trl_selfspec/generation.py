@@ -109,7 +109,7 @@ class SelfSpecGenerate:
 
 
 def _check_arguments() -> None:
-    """Refuses what the caller of `generate` passed and `generate` does not pass on, or mixes with its own."""
+    """Refuses what `generate` was given and does not pass on, or mixes with its own: only its frame tells."""
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not _GENERATE:
         frame = frame.f_back
