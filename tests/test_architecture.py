@@ -14,8 +14,9 @@ FLOORS = tuple(
     for names in (
         "sampling rejection stats estimates controller options timing scheduler",
         "quantize kernels",
-        "law sharding adapters cache attention layers mirror drafter rounds memory requests rollout selfcheck engine",
-        "config reporting following checkpointing trainer model_card",
+        "law sharding adapters cache attention layers mirror drafter rounds memory requests rollout selfcheck engine "
+        "generation",
+        "config reporting following checkpointing mixin trainer model_card",
     )
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

@@ -1,6 +1,5 @@
 """Trainer laws, on real TRL runs of two or three steps: only the source of tokens changes, and it shows in the log."""
 
-import dataclasses
 import logging
 import math
 from pathlib import Path
@@ -9,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import GenerationConfig, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from transformers import GenerationConfig
+from trl import GRPOConfig, GRPOTrainer
 from trl_runs import (
     ALWAYS_SPECULATE,
     FP32_LOGP_TOLERANCE,
+    GREEDY,
     PROMPTS,
     Recorder,
     assert_same_weights,
+    greedy_run,
     make_model,
     make_tokenizer,
     make_trainer,
@@ -25,11 +26,7 @@ from trl_runs import (
 )
 
 from trl_selfspec import SelfSpecEngine, SelfSpecMixin
-from trl_selfspec.config import SelfSpecConfigMixin
 from trl_selfspec.mirror import Mirror
-
-
-GREEDY = {"generation_kwargs": {"do_sample": False}}
 
 
 def test_switched_off_it_is_stock_trl_bit_for_bit(tmp_path: Path) -> None:
@@ -59,25 +56,6 @@ def test_the_comparison_with_stock_trl_sees_another_sampler(tmp_path: Path) -> N
     train(make_trainer(tmp_path / "on", reward=on_reward, max_steps=1, **ALWAYS_SPECULATE))
     train(make_trainer(tmp_path / "stock", GRPOTrainer, GRPOConfig, reward=stock_reward, max_steps=1))
     assert on_reward.completion_ids != stock_reward.completion_ids
-
-
-class _MoveWeights(TrainerCallback):
-    """Moves the weights after each step: a greedy group has equal completions, and so no gradient that would."""
-
-    @torch.no_grad()
-    def on_step_end(self, *_: Any, model: torch.nn.Module, **__: Any) -> None:
-        for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
-            parameter += 0.1 * torch.arange(parameter.numel()).sin().view_as(parameter)
-
-
-def greedy_run(tmp_path: Path, lora: bool = False, **overrides: Any) -> list[list[list[int]]]:
-    reward = Recorder()
-    peft_config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    kwargs = {"callbacks": [_MoveWeights()], "peft_config": peft_config if lora else None}
-    options = {"max_steps": 3, "learning_rate": 0.0, "shuffle_dataset": False}
-    train(make_trainer(tmp_path, reward=reward, trainer_kwargs=kwargs, **options, **GREEDY, **overrides))
-    assert len(reward.completion_ids) == 3
-    return reward.completion_ids
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -116,11 +94,11 @@ def test_what_the_engine_cannot_honour_is_generated_by_trl_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, generation_kwargs: dict[str, Any], reason: str
 ) -> None:
     """A parameter dropped in silence trains on samples of another law."""
-    with caplog.at_level(logging.WARNING, logger="trl_selfspec.trainer"):
+    with caplog.at_level(logging.WARNING, logger="trl_selfspec.mixin"):
         log = train(make_trainer(tmp_path, generation_kwargs=generation_kwargs))
     assert [entry["selfspec/fallback"] for entry in log] == [1, 1]
     assert "selfspec/alpha" not in log[0]
-    warnings = [record.getMessage() for record in caplog.records if record.name == "trl_selfspec.trainer"]
+    warnings = [record.getMessage() for record in caplog.records if record.name == "trl_selfspec.mixin"]
     assert len(warnings) == 1
     assert reason in warnings[0]
 
@@ -130,10 +108,10 @@ def test_a_model_the_engine_cannot_mirror_is_generated_by_trl_and_named(
 ) -> None:
     """An unsupported architecture must train as it would with TRL, not end in an error from inside the engine."""
     model = make_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0})
-    with caplog.at_level(logging.WARNING, logger="trl_selfspec.trainer"):
+    with caplog.at_level(logging.WARNING, logger="trl_selfspec.mixin"):
         log = train(make_trainer(tmp_path, model=model))
     assert [entry["selfspec/fallback"] for entry in log] == [1, 1]
-    (warning,) = [record.getMessage() for record in caplog.records if record.name == "trl_selfspec.trainer"]
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "trl_selfspec.mixin"]
     assert "dynamic" in warning
 
 
@@ -204,23 +182,6 @@ def test_a_rollout_func_can_generate_with_the_engine(tmp_path: Path) -> None:
 
     log = train(make_trainer(tmp_path, trainer_kwargs={"rollout_func": rollout}, **ALWAYS_SPECULATE))
     assert all(entry["selfspec/alpha"] > 0 for entry in log)
-
-
-@dataclasses.dataclass
-class _SelfSpecRLOOConfig(SelfSpecConfigMixin, RLOOConfig):
-    pass
-
-
-class _SelfSpecRLOOTrainer(SelfSpecMixin, RLOOTrainer):
-    def _pack_rollout(self, completion_ids: Any, logprobs: Any) -> Any:
-        return completion_ids
-
-
-def test_another_trl_trainer_gets_the_engine_by_one_method(tmp_path: Path) -> None:
-    """The mixin must not lean on what only GRPO has."""
-    trainer = make_trainer(tmp_path, _SelfSpecRLOOTrainer, _SelfSpecRLOOConfig, beta=0.0, **ALWAYS_SPECULATE)
-    for entry in train(trainer):
-        assert entry["selfspec/alpha"] > 0
 
 
 def test_iterating_and_accumulating_generate_as_often_as_trl(tmp_path: Path) -> None:

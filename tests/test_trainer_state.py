@@ -161,7 +161,7 @@ def test_the_controller_comes_back_from_a_checkpoint(tmp_path: Path, caplog: pyt
     assert json.loads(json.dumps(fresh._engine.state_dict())) != saved["engine"]
 
     path.unlink()
-    with caplog.at_level(logging.WARNING, logger="trl_selfspec.trainer"):
+    with caplog.at_level(logging.WARNING, logger="trl_selfspec.mixin"):
         fresh.train(resume_from_checkpoint=str(path.parent))
     assert [STATE_FILE in record.getMessage() for record in caplog.records if "selfspec" in record.name] == [True]
     assert fresh.state.global_step == 2

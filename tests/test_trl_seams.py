@@ -1,4 +1,4 @@
-"""The private names of TRL and transformers that `trainer.py` leans on; a failure names the one that moved."""
+"""The private names of TRL and transformers that the trainers lean on; a failure names the one that moved."""
 
 import inspect
 import re
@@ -11,7 +11,7 @@ import pytest
 import trl
 from packaging.requirements import Requirement
 from transformers import Trainer
-from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
+from trl import DistillationTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.extras.profiling import profiling_context
 from trl.trainer.utils import get_config_model_id
 from trl_runs import make_trainer
@@ -31,6 +31,10 @@ SIGNATURES: dict[Callable[..., Any], list[str]] = {
     GRPOTrainer.create_model_card: ["self", "model_name", "dataset_name", "tags"],
     RLOOTrainer._generate: ["self", "prompts"],
     RLOOTrainer._generate_single_turn: ["self", "prompt_ids", "images", "multimodal_fields"],
+    RLOOTrainer.log: ["self", "logs", "start_time"],
+    DistillationTrainer._generate: ["self", "prompts"],
+    DistillationTrainer._generate_single_turn: ["self", "prompt_ids", "images", "multimodal_fields"],
+    DistillationTrainer.log: ["self", "logs", "start_time"],
     Trainer._load_best_model: ["self"],
     Trainer._get_output_dir: ["self", "trial"],
     Trainer.save_state: ["self"],
@@ -48,9 +52,14 @@ CALLS: list[tuple[Callable[..., Any], str]] = [
     (GRPOTrainer.training_step, '["step_time"].append('),
     (GRPOTrainer._prepare_inputs, "self._step % generate_every == 0"),
     (GRPOTrainer.log, "self._metrics[mode].clear()"),
+    (RLOOTrainer._generate_and_score_completions, "self._generate("),
     (RLOOTrainer._generate, "self._generate_single_turn("),
+    (RLOOTrainer._generate_single_turn, "return completion_ids\n"),
+    (DistillationTrainer._generate, "self._generate_single_turn("),
+    (DistillationTrainer._generate_single_turn, "return completion_ids\n"),
     (Trainer._prepare_for_training, "self._load_optimizer_and_scheduler(resume_from_checkpoint)"),
 ]
+# Read by the mixin in any trainer, and by GRPO's own methods.
 ATTRIBUTES = [
     "accelerator",
     "args",
@@ -59,15 +68,13 @@ ATTRIBUTES = [
     "is_fsdp_enabled",
     "model",
     "model_wrapped",
-    "num_iterations",
     "state",
-    "use_transformers_continuous_batching",
     "use_vllm",
     "_dist",
     "_is_vlm",
     "_metrics",
-    "_step",
 ]
+GRPO_ATTRIBUTES = ["num_iterations", "use_transformers_continuous_batching", "_step"]
 CARD_ANCHORS = [
     "### Framework versions",
     "- Transformers:",
@@ -101,11 +108,20 @@ def test_trl_still_comes_by_our_override(method: Callable[..., Any], call: str) 
     assert call in inspect.getsource(method), f"{method.__qualname__} no longer has `{call}` in TRL {trl.__version__}"
 
 
-def test_a_trainer_has_the_attributes_we_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("trainer_class", "config_class", "attributes"),
+    [
+        (GRPOTrainer, GRPOConfig, ATTRIBUTES + GRPO_ATTRIBUTES),
+        (RLOOTrainer, RLOOConfig, [*ATTRIBUTES, "use_transformers_continuous_batching"]),
+    ],
+)
+def test_a_trainer_has_the_attributes_we_read(
+    tmp_path: Path, trainer_class: type, config_class: type, attributes: list[str]
+) -> None:
     """An attribute that is set late or renamed fails in the first rollout, not at construction."""
-    trainer = make_trainer(tmp_path, GRPOTrainer, GRPOConfig)
-    missing = [name for name in ATTRIBUTES if not hasattr(trainer, name)]
-    assert not missing, f"GRPOTrainer of TRL {trl.__version__} has no {missing}"
+    trainer = make_trainer(tmp_path, trainer_class, config_class, beta=0.0)
+    missing = [name for name in attributes if not hasattr(trainer, name)]
+    assert not missing, f"{trainer_class.__name__} of TRL {trl.__version__} has no {missing}"
     assert trainer._dist.is_zero3 is trainer._dist.is_fsdp is False
     assert trainer._dist.fsdp_version is None
     assert trainer._metrics["train"] is not trainer._metrics["eval"]
@@ -119,15 +135,18 @@ def test_the_card_template_has_what_we_look_for(anchor: str) -> None:
     assert anchor in template.read_text(), f"TRL {trl.__version__}'s model card no longer has `{anchor}`"
 
 
-def test_private_names_of_trl_are_used_in_the_trainer_alone() -> None:
-    """One file to read when TRL moves."""
+def test_private_names_of_trl_are_used_in_the_trainers_alone() -> None:
+    """Two files to read when TRL moves."""
     package = Path(trl_selfspec.__file__).parent
     users = {
         path.name for path in package.rglob("*.py") if re.search(r"^\s*(from|import) trl\b", path.read_text(), re.M)
     }
-    assert users == {"config.py", "trainer.py"}
+    assert users == {"config.py", "mixin.py", "trainer.py"}
     private = re.compile(r"from trl\.\S+ import")
-    assert {path.name for path in package.rglob("*.py") if private.search(path.read_text())} == {"trainer.py"}
+    assert {path.name for path in package.rglob("*.py") if private.search(path.read_text())} == {
+        "mixin.py",
+        "trainer.py",
+    }
 
 
 def test_the_installed_trl_is_the_one_that_is_pinned() -> None:

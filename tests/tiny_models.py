@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from trl_selfspec.drafter import make_drafter
 from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.quantize import QuantizedLinear
 
 
@@ -73,6 +74,19 @@ def scale_weights(model: torch.nn.Module, seed: int, std: float = WEIGHT_STD) ->
 def ragged_prompts(lengths: list[int], seed: int = 0, vocab_size: int = VOCAB_SIZE) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+def always_speculating(model: PreTrainedModel, gamma: int = 3, **values: Any) -> SelfSpecEngine:
+    """Speculates in every round, with the drafter that is the most often wrong."""
+    options: dict[str, Any] = {"max_active_sequences": 10_000, "draft_qtype": "qint4"} | values
+    return SelfSpecEngine(model, SelfSpecOptions(num_speculative_tokens=gamma, **options))
+
+
+def left_padded(prompts: list[list[int]], pad: int = 0) -> dict[str, torch.Tensor]:
+    width = max(map(len, prompts))
+    ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
 @torch.no_grad()

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
 from trl_selfspec import SelfSpecGRPOConfig, SelfSpecGRPOTrainer
 
@@ -25,6 +26,7 @@ ALWAYS_SPECULATE = {
     "selfspec_num_speculative_tokens": 3,
     "selfspec_max_active_sequences": 64,
 }
+GREEDY = {"generation_kwargs": {"do_sample": False}}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -135,6 +137,25 @@ def train(trainer: Any, **kwargs: Any) -> list[dict[str, float]]:
     """Trains and returns the log of each step."""
     trainer.train(**kwargs)
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+class MoveWeights(TrainerCallback):
+    """Moves the weights after each step: a greedy group has equal completions, and so no gradient that would."""
+
+    @torch.no_grad()
+    def on_step_end(self, *_: Any, model: torch.nn.Module, **__: Any) -> None:
+        for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
+            parameter += 0.1 * torch.arange(parameter.numel()).sin().view_as(parameter)
+
+
+def greedy_run(tmp_path: Path, lora: bool = False, **overrides: Any) -> list[list[list[int]]]:
+    reward = Recorder()
+    peft_config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    kwargs = {"callbacks": [MoveWeights()], "peft_config": peft_config if lora else None}
+    options = {"max_steps": 3, "learning_rate": 0.0, "shuffle_dataset": False}
+    train(make_trainer(tmp_path, reward=reward, trainer_kwargs=kwargs, **options, **GREEDY, **overrides))
+    assert len(reward.completion_ids) == 3
+    return reward.completion_ids
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:

@@ -1,33 +1,46 @@
-"""GRPO with lossless speculative rollouts. Names are loaded on first use, so the import costs neither trl nor CUDA."""
+"""GRPO and RLOO with lossless speculative rollouts.
+
+Names are loaded on first use, so the import costs neither trl nor CUDA.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from .config import SelfSpecGRPOConfig
+    from .config import SelfSpecConfigMixin, SelfSpecGRPOConfig, SelfSpecRLOOConfig
     from .engine import SelfSpecEngine
+    from .generation import SelfSpecGenerate
+    from .mixin import SelfSpecMixin
     from .options import SelfSpecOptions
     from .stats import RolloutStats
-    from .trainer import SelfSpecGRPOTrainer, SelfSpecMixin
+    from .trainer import SelfSpecGRPOTrainer, SelfSpecRLOOTrainer
 
 __version__ = "0.1.0"
 __all__ = [
     "RolloutStats",
+    "SelfSpecConfigMixin",
     "SelfSpecEngine",
     "SelfSpecGRPOConfig",
     "SelfSpecGRPOTrainer",
+    "SelfSpecGenerate",
     "SelfSpecMixin",
     "SelfSpecOptions",
+    "SelfSpecRLOOConfig",
+    "SelfSpecRLOOTrainer",
 ]
 
 _MODULES = {
     "RolloutStats": ".stats",
+    "SelfSpecConfigMixin": ".config",
     "SelfSpecEngine": ".engine",
     "SelfSpecGRPOConfig": ".config",
     "SelfSpecGRPOTrainer": ".trainer",
-    "SelfSpecMixin": ".trainer",
+    "SelfSpecGenerate": ".generation",
+    "SelfSpecMixin": ".mixin",
     "SelfSpecOptions": ".options",
+    "SelfSpecRLOOConfig": ".config",
+    "SelfSpecRLOOTrainer": ".trainer",
 }
 
 

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from trl import GRPOConfig
+from trl import GRPOConfig, RLOOConfig
 
 from trl_selfspec.options import SelfSpecOptions
 
@@ -153,6 +153,20 @@ class SelfSpecGRPOConfig(SelfSpecConfigMixin, GRPOConfig):
 
     It has every parameter of [`~trl.GRPOConfig`], with its default, and those of [`SelfSpecConfigMixin`], which say
     where the completions come from. For a full list of the others, see the documentation of [`~trl.GRPOConfig`].
+
+    Using [`~transformers.HfArgumentParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
+    command line.
+    """
+
+
+@dataclass
+class SelfSpecRLOOConfig(SelfSpecConfigMixin, RLOOConfig):
+    r"""
+    Configuration class for [`SelfSpecRLOOTrainer`].
+
+    It has every parameter of [`~trl.RLOOConfig`], with its default, and those of [`SelfSpecConfigMixin`], which say
+    where the completions come from. For a full list of the others, see the documentation of [`~trl.RLOOConfig`].
 
     Using [`~transformers.HfArgumentParser`] we can turn this class into
     [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the

@@ -109,6 +109,11 @@ class SelfSpecEngine:
         self._cache: PagedCache | None = None
 
     @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model whose law samples follow, PEFT's wrapper removed."""
+        return self._mirror.base
+
+    @property
     def stale(self) -> bool:
         """Whether the model's weights changed since the last `refresh`, as far as their versions tell."""
         return self._mirror.stale
