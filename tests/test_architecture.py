@@ -14,7 +14,7 @@ FLOORS = tuple(
     for names in (
         "sampling rejection stats estimates controller options timing scheduler",
         "quantize kernels",
-        "law sharding adapters mirror drafter cache attention rounds memory requests rollout selfcheck engine",
+        "law sharding adapters mirror drafter cache kept attention rounds memory requests rollout selfcheck engine",
         "config reporting following checkpointing trainer model_card",
     )
 )

@@ -1,6 +1,7 @@
 """Greedy output is `model.generate`'s, token for token, in fp32, for every architecture that the engine supports."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -165,7 +166,7 @@ def test_rows_may_wait_move_and_take_over_from_others(
     engine = SelfSpecEngine(model, options(3, max_batch_size=max_batch_size))
     for _ in range(2):  # the second time on used pages
         assert engine.generate(prompts, config).completion_ids == expected
-    assert engine._cache.dense is (page_size is None)
+    assert engine._kept.cache.dense is (page_size is None)
 
 
 @pytest.mark.parametrize("page_size", [None, 4], ids=["dense", "pages"])
@@ -178,9 +179,9 @@ def test_equal_prompts_are_prefilled_once(
     prefilled: list[int] = []
     prefill = RoundRunner.prefill
 
-    def counted(self: RoundRunner, rows: torch.Tensor, lengths: torch.Tensor, width: int) -> None:
-        prefilled.extend(lengths.tolist())
-        prefill(self, rows, lengths, width)
+    def counted(self: RoundRunner, rows: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor, *args: Any) -> None:
+        prefilled.extend((ends - starts).tolist())
+        prefill(self, rows, starts, ends, *args)
 
     monkeypatch.setattr(RoundRunner, "prefill", counted)
     unique = ragged_prompts([9, 1, 13, 2, 20])
@@ -265,7 +266,7 @@ def keep_the_drafters_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def forget_to_move_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PagedCache, "move", lambda *args: None)
+    monkeypatch.setattr(PagedCache, "rearrange", lambda *args: None)
 
 
 def count_positions_from_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,8 @@ class SelfSpecMixin(_Trainer):
             output = super()._generate(prompts)
         finally:
             self._generating = False
+            if self._engine is not None:
+                self._engine.release()
         gathered = self._rollout.gather(self.accelerator)
         self._tallies[self._mode] += gathered
         if self.model.training:
@@ -151,9 +153,13 @@ class SelfSpecMixin(_Trainer):
         show = not self.args.disable_tqdm and self.accelerator.is_local_main_process
         try:
             with profiling_context(self, "selfspec.generate"), RolloutBar(len(prompt_ids), show) as bar:
-                output = engine.generate(prompt_ids, self.generation_config, seed=seed, on_round=bar.on_round)
+                # Inside of `_generate` the next turn's prompts may begin with these rows.
+                output = engine.generate(
+                    prompt_ids, self.generation_config, seed=seed, on_round=bar.on_round, keep=self._generating
+                )
         finally:
-            engine.release()
+            if not self._generating:
+                engine.release()
         self._rollout.add_turn(output.stats)
         return output.completion_ids, output.policy_logprobs
 
