@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, Schedule, ragged_prompts, spoil, tiny_model
+from tiny_models import FAMILIES, Schedule, force_page_size, ragged_prompts, spoil, tiny_model
 from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec import rounds
@@ -214,13 +214,6 @@ def test_the_drafter_decides_speed_alone(llama: PreTrainedModel, qtype: str, noi
     assert output.completion_ids == expected
     if noise == 30.0:
         assert output.stats.alpha < 0.1
-
-
-def force_page_size(monkeypatch: pytest.MonkeyPatch, page_size: int | None) -> None:
-    def make(layers: int, rows: int, capacity: int, _: int | None, *args: object) -> PagedCache:
-        return PagedCache(layers, rows, capacity, page_size, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("trl_selfspec.engine.PagedCache", make)
 
 
 # What must not pass: each breaks the engine in one way that the law above is there to catch.
