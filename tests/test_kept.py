@@ -2,18 +2,21 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
+import psutil
 import pytest
 import torch
 from conversations import GREEDY, PAGES, PROMPTS, SAMPLED, make_engine, next_prompts
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from tiny_models import force_page_size, tiny_model
 from transformers import PreTrainedModel
 
 from trl_selfspec.cache import PagedCache
 from trl_selfspec.engine import SelfSpecEngine
 from trl_selfspec.kept import KeptRows, Tokens
+from trl_selfspec.memory import affordable_rows, kv_bytes_per_token
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +24,7 @@ def model() -> PreTrainedModel:
     return tiny_model("llama")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     rows=st.lists(st.lists(st.integers(0, 2), max_size=6).map(tuple), max_size=6),
     prompt=st.lists(st.integers(0, 2), min_size=1, max_size=7).map(tuple),
@@ -94,6 +97,18 @@ def test_unless_asked_a_call_does_not_know_the_ones_before(model: PreTrainedMode
     again = engine.generate(PROMPTS, SAMPLED, seed=1)
     assert (again.completion_ids, again.logprobs) == (first.completion_ids, first.logprobs)
     assert again.stats.reused_prompt_tokens == 0
+
+
+def test_memory_of_the_cache_that_is_replaced_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents later turns from decoding fewer rows at once because the earlier ones hold memory."""
+    config = tiny_model("llama").config
+    total, row = 2**20, kv_bytes_per_token(config, torch.float32) * 64
+
+    def rows(held_bytes: int, counted: bool) -> int:
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=total - held_bytes))
+        return affordable_rows(config, torch.float32, 64, torch.device("cpu"), held_bytes if counted else 0)
+
+    assert rows(8 * row, counted=True) == rows(0, counted=True) > rows(8 * row, counted=False)
 
 
 @PAGES

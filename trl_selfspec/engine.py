@@ -219,8 +219,9 @@ class SelfSpecEngine:
         )
         max_rows = min(max_rows, len(requests))
         kept = self._allocate(max_rows, capacity, requests)
-        requests.sort(key=lambda request: -kept.longest_prefix(request.prompt)[1])  # before others displace it
         cache = kept.cache
+        # Rows may be fewer than requests: those with a history go first, before the others need its place.
+        requests.sort(key=lambda request: -kept.longest_prefix(request.prompt)[1])
         verification = (
             GreedyVerification() if law.greedy else self._verification(torch.tensor(seed, device=self.device))
         )

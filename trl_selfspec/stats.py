@@ -32,7 +32,7 @@ class RolloutStats:
 
     num_rows: int = 0
     prompt_tokens: int = 0
-    reused_prompt_tokens: int = 0  # whose keys an earlier turn had left in the cache
+    reused_prompt_tokens: int = 0  # whose keys an earlier request had left in the cache
     completion_tokens: int = 0
     plain_rounds: int = 0
     plain_row_rounds: int = 0

@@ -123,8 +123,9 @@ class SelfSpecMixin(_Trainer):
         """
         Generates one completion for each prompt, as a training rollout would: for use inside a `rollout_func`.
 
-        With several processes, each may call it any number of times inside of a rollout; elsewhere all have to call it
-        together, since they bring their engines up to date together.
+        Inside of a rollout, a prompt that goes on from an earlier one and its completion is computed from where they
+        end. With several processes, each may call it any number of times inside of a rollout; elsewhere all have to
+        call it together, since they bring their engines up to date together.
 
         Args:
             prompt_ids (`list[list[int]]`):
