@@ -15,6 +15,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from fsdp_on_cpu import allow_fsdp_on_cpu
 from peft import LoraConfig
+from tool_runs import MAX_COMPLETION, double, make_tool_tokenizer, tool_dataset, tool_policy
 from torch.distributed.tensor import DTensor
 from trl_runs import ALWAYS_SPECULATE, PROMPTS, Recorder, make_dataset, make_model, make_trainer, train
 
@@ -39,13 +40,12 @@ def rank() -> int:
     return PartialState().process_index
 
 
-class _Trainer(SelfSpecGRPOTrainer):
+class _Counting(SelfSpecGRPOTrainer):
     """Keeps this rank's own counters, and whether a rollout left the policy's parameters as they were."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.generations: list[dict[str, Any]] = []
-        self.generation_config.max_new_tokens = 4 + 8 * rank()  # ranks take different numbers of rounds
 
     def _generate(self, prompts: list) -> Any:
         before = self._policy_state()
@@ -57,6 +57,7 @@ class _Trainer(SelfSpecGRPOTrainer):
                 "rounds": self._rollout.stats.num_rounds_speculative,
                 "drafted": self._rollout.stats.num_draft_tokens,
                 "accepted": self._rollout.stats.num_accepted_tokens,
+                "reused": self._rollout.stats.reused_prompt_tokens,
                 "untouched": self._policy_state() == before,
             }
         )
@@ -65,6 +66,12 @@ class _Trainer(SelfSpecGRPOTrainer):
     def _policy_state(self) -> list[Any]:
         fingerprint(self._policy)  # puts back what the last forward left gathered
         return [(id(p), p._version, p.shape, p.requires_grad, p.grad is None) for p in self._policy.parameters()]
+
+
+class _Trainer(_Counting):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.generation_config.max_new_tokens = 4 + 8 * rank()  # ranks take different numbers of rounds
 
 
 def digest(model: torch.nn.Module) -> str:
@@ -77,9 +84,11 @@ def digest(model: torch.nn.Module) -> str:
     return sha.hexdigest()
 
 
-def run(folder: Path, resume: str | None = None, **overrides: Any) -> dict[str, Any]:
+def run(
+    folder: Path, resume: str | None = None, trainer_class: type[_Counting] = _Trainer, **overrides: Any
+) -> dict[str, Any]:
     reward = Recorder()
-    trainer = make_trainer(folder, _Trainer, reward=reward, **(ALWAYS_SPECULATE | OPTIONS | LAUNCH | overrides))
+    trainer = make_trainer(folder, trainer_class, reward=reward, **(ALWAYS_SPECULATE | OPTIONS | LAUNCH | overrides))
     log = train(trainer, resume_from_checkpoint=resume)
     return {
         "log": log,
@@ -116,6 +125,14 @@ def uneven_turns(folder: Path) -> dict[str, Any]:
         return {"prompt_ids": prompt_ids, "completion_ids": trainer.generate_ids(prompt_ids), "logprobs": None}
 
     return run(folder, max_steps=2, trainer_kwargs={"rollout_func": rollout}) | {"samples": samples}
+
+
+def tools_on_one_rank(folder: Path) -> dict[str, Any]:
+    """TRL's tool loop, with rows that call a tool on rank 1 alone."""
+    kwargs = {"processing_class": make_tool_tokenizer(), "tools": [double]}
+    options = {"max_completion_length": MAX_COMPLETION, "generation_kwargs": {"do_sample": False}, "max_steps": 1}
+    dataset = tool_dataset(["1", "3", "5"] if rank() else ["hi"] * 3)
+    return run(folder, None, _Counting, model=tool_policy(), train_dataset=dataset, trainer_kwargs=kwargs, **options)
 
 
 def outside_a_rollout(folder: Path) -> dict[str, Any]:
@@ -202,8 +219,23 @@ def allow_deepspeed_on_cpu(stage: int, folder: Path) -> None:
 
 
 SUITES = {
-    "ddp": [stopped_and_resumed, uneven_turns, outside_a_rollout, unsupported_on_one_rank, with_evaluation],
-    "fsdp": [stopped_and_resumed, with_evaluation, with_lora, without_refresh, unsupported_on_one_rank, bf16_law],
+    "ddp": [
+        stopped_and_resumed,
+        uneven_turns,
+        tools_on_one_rank,
+        outside_a_rollout,
+        unsupported_on_one_rank,
+        with_evaluation,
+    ],
+    "fsdp": [
+        stopped_and_resumed,
+        tools_on_one_rank,
+        with_evaluation,
+        with_lora,
+        without_refresh,
+        unsupported_on_one_rank,
+        bf16_law,
+    ],
     "zero2": [stopped_and_resumed, with_lora],
     "zero3": [stopped_and_resumed, with_evaluation, with_lora, without_refresh],
 }

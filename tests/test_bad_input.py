@@ -224,7 +224,7 @@ def test_the_policy_is_left_as_it_was(model: PreTrainedModel, fails: bool) -> No
     if fails:
         with pytest.raises(Interruption):
             engine.generate(PROMPTS, CONFIG, seed=0, on_round=interrupt)
-        assert engine._cache is None, "the memory of a failed rollout is given back"
+        assert engine._kept is None, "the memory of a failed rollout is given back"
     else:
         engine.generate(PROMPTS, CONFIG, seed=0)
     assert state_of(model) == before

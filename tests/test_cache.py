@@ -1,6 +1,7 @@
 """The paged cache against a list of lists, and the attention function against plain masked softmax."""
 
 import math
+from collections.abc import Mapping, Sequence
 
 import hypothesis.strategies as st
 import pytest
@@ -79,34 +80,27 @@ class CacheMachine(RuleBasedStateMachine):
             self.write(rows, [len(self.model[row] or []) for row in rows], width, kept)
 
     @rule(data=st.data())
-    @precondition(lambda self: self.rows_where(empty=False) and self.rows_where(empty=True))
-    def share(self, data: st.DataObject) -> None:
-        source = data.draw(st.sampled_from(self.rows_where(empty=False)))
-        targets = data.draw(st.lists(st.sampled_from(self.rows_where(empty=True)), min_size=1, unique=True))
-        prefix = (self.model[source] or [])[: data.draw(st.integers(0, len(self.model[source] or [])))]
-        self.cache.share_prefix(source, targets, len(prefix))
-        for row in targets:
-            self.model[row] = list(prefix)
-
-    @rule(data=st.data())
-    @precondition(lambda self: self.rows_where(empty=False) and self.rows_where(empty=True))
-    def move(self, data: st.DataObject) -> None:
-        source = data.draw(st.sampled_from(self.rows_where(empty=False)))
-        target = data.draw(st.sampled_from(self.rows_where(empty=True)))
-        self.cache.move(source, target, len(self.model[source] or []))
-        self.model[target], self.model[source] = self.model[source], None
-
-    @rule(data=st.data())
     @precondition(lambda self: self.rows_where(empty=False))
-    def release(self, data: st.DataObject) -> None:
-        row = data.draw(st.sampled_from(self.rows_where(empty=False)))
-        self.cache.release(row)
-        self.model[row] = None
+    def rearrange(self, data: st.DataObject) -> None:
+        """Any rows from any prefixes of any rows: sharing, moving, swapping and releasing are cases of it."""
+        targets = data.draw(st.lists(st.integers(0, ROWS - 1), min_size=1, unique=True))
+        sources = [data.draw(st.sampled_from(self.rows_where(empty=False))) for _ in targets]
+        lengths = [data.draw(st.integers(0, len(self.model[source] or []))) for source in sources]
+        prefixes = [(self.model[source] or [])[:n] or None for source, n in zip(sources, lengths, strict=True)]
+        self.cache.rearrange(dict(zip(targets, zip(sources, lengths, strict=True), strict=True)))
+        for row, prefix in zip(targets, prefixes, strict=True):
+            self.model[row] = prefix
 
-    @rule()
-    def reset(self) -> None:
-        self.cache.reset()
-        self.model = [None] * ROWS
+    @rule(data=st.data())
+    def adopt(self, data: st.DataObject) -> None:
+        """A larger cache takes over some rows, in another order and cut short."""
+        rows = data.draw(st.lists(st.sampled_from(self.rows_where(empty=False) or [0]), unique=True))
+        lengths = [data.draw(st.integers(0, len(self.model[row] or []))) for row in rows]
+        old, self.cache = self.cache, self.make_cache()
+        self.cache.adopt(old, list(zip(rows, lengths, strict=True)))
+        assert old.nbytes == 0
+        prefixes = [(self.model[row] or [])[:n] or None for row, n in zip(rows, lengths, strict=True)]
+        self.model = prefixes + [None] * (ROWS - len(rows))
 
     @invariant()
     def rows_read_back_what_was_written(self) -> None:
@@ -138,20 +132,30 @@ class PagesOfOne(CacheMachine):
 
 
 class ForgetsOwners(PagedCache):
-    def release(self, row: int) -> None:
+    def rearrange(self, sources: Mapping[int, tuple[int, int]]) -> None:
         self._owners = [min(owners, 1) for owners in self._owners]
-        super().release(row)
+        super().rearrange(sources)
 
 
 class SharesTheTail(PagedCache):
-    def share_prefix(self, source: int, targets: list[int], num_tokens: int) -> None:  # type: ignore[override]
-        rounded = min(-(-num_tokens // self.page_size), len(self._pages[source])) * self.page_size
-        super().share_prefix(source, targets, rounded)
+    def _copy_pages(self, pairs: Sequence[tuple[int, int]], num_slots: int) -> None:
+        pass
 
 
 class MovesOneSlotTooFew(PagedCache):
-    def move(self, source: int, target: int, num_tokens: int) -> None:
-        super().move(source, target, num_tokens - 1)
+    def rearrange(self, sources: Mapping[int, tuple[int, int]]) -> None:
+        super().rearrange({row: (source, max(n - 1, 0)) for row, (source, n) in sources.items()})
+
+
+class CopiesOneAfterAnother(PagedCache):
+    def rearrange(self, sources: Mapping[int, tuple[int, int]]) -> None:
+        for row, source in sources.items():
+            super().rearrange({row: source})
+
+
+class AdoptsInItsOwnOrder(PagedCache):
+    def adopt(self, other: PagedCache, sources: Sequence[tuple[int, int]]) -> None:
+        super().adopt(other, sorted(sources))
 
 
 stateful = settings(max_examples=100, stateful_step_count=25, deadline=None, derandomize=True)
@@ -163,7 +167,18 @@ TestPagesOfOne = PagesOfOne.TestCase
 
 
 @pytest.mark.parametrize(
-    ("broken", "page_size"), [(ForgetsOwners, 4), (SharesTheTail, 4), (MovesOneSlotTooFew, None)], ids=str
+    ("broken", "page_size"),
+    [
+        (ForgetsOwners, 4),
+        (SharesTheTail, 4),
+        (MovesOneSlotTooFew, None),
+        (MovesOneSlotTooFew, 4),
+        (CopiesOneAfterAnother, None),
+        (CopiesOneAfterAnother, 4),
+        (AdoptsInItsOwnOrder, None),
+        (AdoptsInItsOwnOrder, 4),
+    ],
+    ids=str,
 )
 def test_a_broken_cache_is_noticed(broken: type[PagedCache], page_size: int | None) -> None:
     """Negative controls: random operations find each fault."""

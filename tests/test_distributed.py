@@ -142,6 +142,20 @@ def test_ranks_may_take_different_numbers_of_turns(outcome: Any) -> None:
     assert first["weights"] == second["weights"]
 
 
+@pytest.mark.parametrize("suite", ["ddp", "fsdp"])
+def test_tools_that_one_ranks_rows_alone_call(outcome: Any, suite: str) -> None:
+    """A collective in a turn would hang: one rank is at its rewards while the other still calls its tools."""
+    first, second = outcome(suite)["tools_on_one_rank"]
+    assert [g["turns"] for g in first["generations"]] == [1]
+    assert [g["turns"] for g in second["generations"]] > [2]
+    reused = [rank["generations"][0]["reused"] for rank in (first, second)]
+    assert reused[0] == 0 < reused[1] == first["log"][0]["selfspec/reused_prompt_tokens"]
+    assert first["log"][0]["tools/call_frequency"] > 0
+    assert_sampled_from_the_policy(first["log"])
+    assert first["weights"] == second["weights"]
+    assert all(generation["untouched"] for rank in (first, second) for generation in rank["generations"])
+
+
 def test_a_change_that_one_rank_sees_refreshes_all(outcome: Any) -> None:
     """Refreshing gathers sharded weights: a rank that goes alone waits for ever."""
     assert [rank["refreshes"] for rank in outcome("ddp")["outside_a_rollout"]] == [1, 1]

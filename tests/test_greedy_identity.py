@@ -1,10 +1,11 @@
 """Greedy output is `model.generate`'s, token for token, in fp32, for every architecture that the engine supports."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, Schedule, ragged_prompts, spoil, tiny_model
+from tiny_models import FAMILIES, Schedule, force_page_size, ragged_prompts, spoil, tiny_model
 from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec import rounds
@@ -165,7 +166,7 @@ def test_rows_may_wait_move_and_take_over_from_others(
     engine = SelfSpecEngine(model, options(3, max_batch_size=max_batch_size))
     for _ in range(2):  # the second time on used pages
         assert engine.generate(prompts, config).completion_ids == expected
-    assert engine._cache.dense is (page_size is None)
+    assert engine._kept.cache.dense is (page_size is None)
 
 
 @pytest.mark.parametrize("page_size", [None, 4], ids=["dense", "pages"])
@@ -178,9 +179,9 @@ def test_equal_prompts_are_prefilled_once(
     prefilled: list[int] = []
     prefill = RoundRunner.prefill
 
-    def counted(self: RoundRunner, rows: torch.Tensor, lengths: torch.Tensor, width: int) -> None:
-        prefilled.extend(lengths.tolist())
-        prefill(self, rows, lengths, width)
+    def counted(self: RoundRunner, rows: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor, *args: Any) -> None:
+        prefilled.extend((ends - starts).tolist())
+        prefill(self, rows, starts, ends, *args)
 
     monkeypatch.setattr(RoundRunner, "prefill", counted)
     unique = ragged_prompts([9, 1, 13, 2, 20])
@@ -213,13 +214,6 @@ def test_the_drafter_decides_speed_alone(llama: PreTrainedModel, qtype: str, noi
     assert output.completion_ids == expected
     if noise == 30.0:
         assert output.stats.alpha < 0.1
-
-
-def force_page_size(monkeypatch: pytest.MonkeyPatch, page_size: int | None) -> None:
-    def make(layers: int, rows: int, capacity: int, _: int | None, *args: object) -> PagedCache:
-        return PagedCache(layers, rows, capacity, page_size, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("trl_selfspec.engine.PagedCache", make)
 
 
 # What must not pass: each breaks the engine in one way that the law above is there to catch.
@@ -265,7 +259,7 @@ def keep_the_drafters_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def forget_to_move_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PagedCache, "move", lambda *args: None)
+    monkeypatch.setattr(PagedCache, "rearrange", lambda *args: None)
 
 
 def count_positions_from_one(monkeypatch: pytest.MonkeyPatch) -> None:

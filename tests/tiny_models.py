@@ -6,9 +6,11 @@ enough that rows wander through the vocabulary.
 
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from trl_selfspec.cache import PagedCache
 from trl_selfspec.drafter import make_drafter
 from trl_selfspec.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
@@ -101,6 +103,15 @@ def spoil(engine: SelfSpecEngine, noise: float, seed: int = 0) -> None:
             error = torch.randn(weight.shape, generator=generator).to(weight.dtype)
             module.requantize_(weight + noise * weight.std() * error)
     engine._drafter, engine._drafter_version = drafter, engine._wanted_version
+
+
+def force_page_size(monkeypatch: pytest.MonkeyPatch, page_size: int | None) -> None:
+    """Engines allocate pages of this size from here on; `None`: dense rows."""
+
+    def make(layers: int, rows: int, capacity: int, _: int | None, *args: object) -> PagedCache:
+        return PagedCache(layers, rows, capacity, page_size, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("trl_selfspec.engine.PagedCache", make)
 
 
 class Schedule:

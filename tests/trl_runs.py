@@ -128,8 +128,7 @@ def make_trainer(
         reward_funcs=reward or Recorder(),
         args=config_class(**config_values(output_dir, **overrides)),
         train_dataset=train_dataset or make_dataset(conversational),
-        processing_class=make_tokenizer(),
-        **(trainer_kwargs or {}),
+        **{"processing_class": make_tokenizer()} | (trainer_kwargs or {}),
     )
 
 

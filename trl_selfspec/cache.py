@@ -7,7 +7,8 @@ page spans a row and row r owns page r + 1, so attention reads dense rows withou
 of padding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -55,6 +56,21 @@ class PagedLayer(CacheLayerMixin):
             flat = states.transpose(1, 2).reshape(-1, states.shape[1], states.shape[3])
             storage.flatten(0, 1).index_copy_(0, index, flat.to(storage.dtype))
 
+    def copy_pages(
+        self,
+        layer: "PagedLayer",
+        pages: Tensor,  # (N, 2): from, to
+        num_slots: int,
+    ) -> None:
+        """Copies the first slots of pages of `layer`, all at once."""
+        sources, targets = pages.unbind(1)
+        self.keys[targets, :num_slots] = layer.keys[sources, :num_slots]
+        self.values[targets, :num_slots] = layer.values[sources, :num_slots]
+
+    def free(self) -> None:
+        del self.keys, self.values
+        self.is_initialized = False
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.owner.num_slots, 0
 
@@ -94,16 +110,11 @@ class PagedCache(Cache):
         self.num_pages = 1 + max_rows * self.pages_per_row
         self.max_rows, self.dtype, self.device = max_rows, dtype, torch.device(device)
         self.attention_writes = False  # True: states are written by the attention function that `bind_cache` bound
-        self._table = torch.zeros(max_rows, self.pages_per_row, dtype=torch.int64, device=self.device)
-        self.reset()
-
-    def reset(self) -> None:
-        """Empties all rows; what their pages hold is finite and never visible before it is overwritten."""
-        rows = range(self.max_rows)
-        self._pages: list[list[int]] = [[row + 1] if self.dense else [] for row in rows]
+        self._pages: list[list[int]] = [[row + 1] if self.dense else [] for row in range(max_rows)]
         self._free = [] if self.dense else list(range(self.num_pages - 1, TRASH_PAGE, -1))
         self._owners = [0] * self.num_pages
-        self._sync_table(rows)
+        self._table = torch.zeros(max_rows, self.pages_per_row, dtype=torch.int64, device=self.device)
+        self._sync_table(range(max_rows))
 
     # Current forward, set by `begin` and read by the attention function.
     rows: Tensor | None
@@ -126,6 +137,8 @@ class PagedCache(Cache):
         if lengths is not None:
             pages = torch.where(positions < lengths[:, None], pages, TRASH_PAGE)
         self.write_index = (pages * self.page_size + positions % self.page_size).flatten()
+        if lengths is not None:
+            positions = positions.clamp(max=num_slots - 1)  # padding that sees no key at all would become NaN
         self.positions, self.num_slots, self.rows, self.fresh = positions, num_slots, rows, fresh
         self._bias: dict[tuple[int | None, int, torch.dtype], Tensor] = {}
 
@@ -168,7 +181,7 @@ class PagedCache(Cache):
     def reserve(self, row: int, num_slots: int) -> None:
         """Gives `row` pages for slots 0..num_slots-1."""
         assert num_slots <= self.row_capacity
-        missing = -(-num_slots // self.page_size) - len(self._pages[row])
+        missing = self._num_pages(num_slots) - len(self._pages[row])
         for _ in range(missing):
             page = self._free.pop()
             self._owners[page] = 1
@@ -176,53 +189,75 @@ class PagedCache(Cache):
         if missing > 0:
             self._sync_table([row])
 
-    def share_prefix(self, source: int, targets: Sequence[int], num_tokens: int) -> None:
-        """Gives `targets` the first `num_tokens` slots of `source`: full pages are shared, the rest is copied."""
-        if self.dense:
-            self._copy_page(source + 1, [row + 1 for row in targets], num_tokens)
-            return
-        full_pages = num_tokens // self.page_size
-        shared, tail = self._pages[source][:full_pages], num_tokens - full_pages * self.page_size
-        for row in targets:
-            assert not self._pages[row], "a row that shares a prefix starts empty"
-            self._pages[row] = list(shared)
-            for page in shared:
-                self._owners[page] += 1
-            self.reserve(row, max(num_tokens, 1))
-            if tail:
-                self._copy_page(self._pages[source][full_pages], self._pages[row][full_pages], tail)
-        self._sync_table(targets)
+    def rearrange(self, sources: Mapping[int, tuple[int, int]]) -> None:
+        """Row t becomes a copy of the first n slots of row s, for all `{t: (s, n)}` at once; what t held is released.
 
-    def move(self, source: int, target: int, num_tokens: int) -> None:
-        """Moves a row's first `num_tokens` slots to the released row `target`; dense rows copy, pages change hands."""
+        A source may be a target too, and n may be 0, which empties the row. Full pages are shared, not copied.
+        """
         if self.dense:
-            self._copy_page(source + 1, target + 1, num_tokens)
+            pairs = [(source + 1, row + 1) for row, (source, n) in sources.items() if n and row != source]
+            self._copy_pages(pairs, max((n for _, n in sources.values()), default=0))
             return
-        assert not self._pages[target], "a row moves into a released place"
-        self._pages[target], self._pages[source] = self._pages[source], []
-        self._sync_table([source, target])
+        taken = {row: self._pages[source][: self._num_pages(n)] for row, (source, n) in sources.items()}
+        for page in chain.from_iterable(taken.values()):
+            self._owners[page] += 1
+        for row, pages in taken.items():
+            self._release(row)
+            self._pages[row] = pages
+        copies = []
+        for row, pages in taken.items():
+            if sources[row][1] % self.page_size and self._owners[pages[-1]] > 1:  # others write to it, or read on
+                copies.append((pages[-1], self._free.pop()))
+                self._owners[pages[-1]] -= 1
+                pages[-1] = copies[-1][1]
+                self._owners[pages[-1]] = 1
+        self._copy_pages(copies, self.page_size)
+        self._sync_table(list(sources))
 
-    def release(self, row: int) -> None:
-        """Returns the row's pages; a shared page returns with its last owner."""
-        if self.dense:
-            return
-        for page in self._pages[row]:
-            self._owners[page] -= 1
-            if self._owners[page] == 0:
-                self._free.append(page)
-        self._pages[row] = []
-        self._sync_table([row])
+    def adopt(self, other: "PagedCache", sources: Sequence[tuple[int, int]]) -> None:
+        """Row i becomes a copy of the first n slots of `other`'s row s, for each `(s, n)`; `other` loses its storage.
+
+        Layer by layer, so that at most one layer is held twice.
+        """
+        assert self.dense == other.dense and (self.dense or self.page_size == other.page_size)
+        pairs: list[tuple[int, int]] = []
+        for row, (source, n) in enumerate(sources):
+            self.reserve(row, n)
+            used = self._num_pages(n)
+            pairs += zip(other._pages[source][:used], self._pages[row][:used], strict=True)
+        pages = self._page_pairs(pairs)
+        num_slots = max((n for _, n in sources), default=0) if self.dense else self.page_size
+        for mine, theirs in zip(self.pages_of, other.pages_of, strict=True):
+            if theirs.is_initialized:
+                mine.lazy_initialization(theirs.keys.transpose(1, 2), theirs.values.transpose(1, 2))
+                mine.copy_pages(theirs, pages, num_slots)
+                theirs.free()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all pages of all layers that have been written to."""
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.pages_of if layer.is_initialized)
 
-    def _copy_page(self, source: int, targets: int | list[int], num_slots: int) -> None:
+    def _num_pages(self, num_slots: int) -> int:
+        return -(-num_slots // self.page_size)
+
+    def _release(self, row: int) -> None:
+        """Returns the row's pages; a shared page returns with its last owner."""
+        for page in self._pages[row]:
+            self._owners[page] -= 1
+            if self._owners[page] == 0:
+                self._free.append(page)
+
+    def _copy_pages(self, pairs: Sequence[tuple[int, int]], num_slots: int) -> None:
+        if not pairs:
+            return
+        pages = self._page_pairs(pairs)
         for layer in self.pages_of:
             if layer.is_initialized:
-                for storage in (layer.keys, layer.values):
-                    storage[targets, :num_slots] = storage[source, :num_slots]
+                layer.copy_pages(layer, pages, num_slots)
+
+    def _page_pairs(self, pairs: Sequence[tuple[int, int]]) -> Tensor:
+        return torch.tensor(pairs, dtype=torch.int64, device=self.device).view(-1, 2)
 
     def _sync_table(self, rows: Sequence[int]) -> None:
         padded = [self._pages[row] + [TRASH_PAGE] * (self.pages_per_row - len(self._pages[row])) for row in rows]

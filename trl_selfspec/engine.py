@@ -17,6 +17,7 @@ from trl_selfspec.attention import bind_cache
 from trl_selfspec.cache import PagedCache
 from trl_selfspec.controller import Controller
 from trl_selfspec.drafter import drafter_bytes, make_drafter, requantize
+from trl_selfspec.kept import KeptRows
 from trl_selfspec.law import SamplingLaw, effective_generation_config
 from trl_selfspec.memory import affordable_rows
 from trl_selfspec.mirror import Mirror, UnsupportedModelError
@@ -106,7 +107,7 @@ class SelfSpecEngine:
         self._drafter: torch.nn.Module | None = None
         self._drafter_version, self._wanted_version = 0, self._mirror.version
         self._refresh_s = 0.0
-        self._cache: PagedCache | None = None
+        self._kept: KeptRows | None = None  # None: no cache is allocated
 
     @property
     def model(self) -> PreTrainedModel:
@@ -128,6 +129,8 @@ class SelfSpecEngine:
         """
         start = time.perf_counter()
         self._mirror.refresh()
+        if self._kept is not None:
+            self._kept.forget()
         if draft:
             self._wanted_version = self._mirror.version
         self._refresh_s += time.perf_counter() - start
@@ -140,6 +143,7 @@ class SelfSpecEngine:
         seed: int | None = None,
         max_new_tokens: Sequence[int] | None = None,
         on_round: Callable[[Progress], None] | None = None,
+        keep: bool = False,
     ) -> RolloutOutput:
         """Generates one completion per prompt.
 
@@ -150,6 +154,9 @@ class SelfSpecEngine:
                 seed, its index and its own prompt alone.
             max_new_tokens: a budget per row in place of the config's.
             on_round: called after every round.
+            keep: leave finished rows in the cache, as far as it has room, until the next `refresh` or `release`. A
+                later call with `keep` computes prompts that begin like them (the next turn of a conversation) from
+                where they differ. The tokens are the same but for rounding; a call without `keep` starts from nothing.
 
         Raises:
             ValueError: bad prompts, a generation parameter that can't be honoured, or a policy whose logits are not
@@ -167,7 +174,9 @@ class SelfSpecEngine:
             seed = int(torch.randint(2**63 - 1, ()))
         elif type(seed) is not int or not -(2**63) <= seed < 2**63:
             raise ValueError(f"`seed={seed!r}` is not supported: use an integer of 64 bits, or None.")
-        rollout = self._rollout(requests, law, seed, on_round)
+        if self._kept is not None and not keep:
+            self._kept.forget()
+        rollout = self._rollout(requests, law, seed, on_round, keep)
         with self._forward_context(), contextlib.ExitStack() as on_error:
             on_error.callback(self.release)  # a failed rollout may leave NaN, which spreads through masked keys too
             rollout.run()
@@ -178,8 +187,8 @@ class SelfSpecEngine:
         return RolloutOutput(rollout.completions, rollout.logprobs, policy_logprobs, rollout.stats)
 
     def release(self) -> None:
-        """Frees the key/value pages; the next rollout allocates them anew."""
-        self._cache = None
+        """Frees the keys and values, those kept for later turns included; the next rollout allocates anew."""
+        self._kept = None
         for tree in (self._mirror.model, self._drafter):
             if tree is not None:
                 bind_cache(tree, None)
@@ -201,14 +210,23 @@ class SelfSpecEngine:
         return self._mirror.base.config.get_text_config(decoder=True)
 
     def _rollout(
-        self, requests: list[Request], law: SamplingLaw, seed: int, on_round: Callable[[Progress], None] | None
+        self,
+        requests: list[Request],
+        law: SamplingLaw,
+        seed: int,
+        on_round: Callable[[Progress], None] | None,
+        keep: bool,
     ) -> Rollout:
         capacity = max(request.limit for request in requests) + self.options.longest_draft + 1
+        held_bytes = 0 if self._kept is None else self._kept.cache.nbytes
         max_rows = self.options.max_batch_size or affordable_rows(
-            self._text_config, self._dtype, capacity, self.device
+            self._text_config, self._dtype, capacity, self.device, held_bytes
         )
         max_rows = min(max_rows, len(requests))
-        cache = self._ensure_cache(max_rows, capacity)
+        kept = self._allocate(max_rows, capacity, requests)
+        cache = kept.cache
+        # Rows may be fewer than requests: those with a history go first, before the others need its place.
+        requests.sort(key=lambda request: -kept.longest_prefix(request.prompt)[1])
         verification = (
             GreedyVerification() if law.greedy else self._verification(torch.tensor(seed, device=self.device))
         )
@@ -233,22 +251,24 @@ class SelfSpecEngine:
             return seconds
 
         current = self._drafter_version == self._wanted_version
-        return Rollout(runner, Scheduler(requests, max_rows), self.controller, prepare_drafter, current, on_round)
+        scheduler = Scheduler(requests, max_rows)
+        return Rollout(runner, scheduler, kept, self.controller, prepare_drafter, current, keep, on_round)
 
     def _verification(self, seed: torch.Tensor) -> Verification:
         return VERIFICATIONS[self.options.verification](seed)
 
-    def _ensure_cache(self, max_rows: int, capacity: int) -> PagedCache:
-        cache = self._cache
-        if cache is None or cache.max_rows < max_rows or cache.row_capacity < capacity:
-            self.release()
+    def _allocate(self, max_rows: int, capacity: int, requests: list[Request]) -> KeptRows:
+        """A cache of at least this size, with what these requests can use of the rows kept so far."""
+        kept = self._kept
+        if kept is None or kept.cache.max_rows < max_rows or kept.cache.row_capacity < capacity:
+            self._kept = None
             page_size = None if self.device.type == "cpu" else GPU_PAGE_SIZE
             kv_dtype = self.autocast_dtype  # None: the dtype of the keys themselves
             cache = PagedCache(self._mirror.num_layers, max_rows, capacity, page_size, kv_dtype, self.device)
-            self._cache = cache
-        cache.reset()
-        bind_cache(self._mirror.model, cache)
-        return cache
+            prompts = (request.prompt for request in requests)
+            self._kept = kept = KeptRows(cache) if kept is None else kept.move_to(cache, prompts)
+        bind_cache(self._mirror.model, kept.cache)
+        return kept
 
     def _current_drafter(self, cache: PagedCache) -> torch.nn.Module:
         """The drafter, quantized from the weights that `refresh` asked for."""

@@ -16,11 +16,16 @@ def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
     return 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
 
 
-def affordable_rows(config: PretrainedConfig, dtype: torch.dtype, row_capacity: int, device: torch.device) -> int:
-    """Rows of `row_capacity` positions whose keys and values fit into `KV_SHARE` of the free memory, at least one."""
+def affordable_rows(
+    config: PretrainedConfig, dtype: torch.dtype, row_capacity: int, device: torch.device, held_bytes: int = 0
+) -> int:
+    """Rows of `row_capacity` positions whose keys and values fit into `KV_SHARE` of the free memory, at least one.
+
+    `held_bytes` are those of the cache that the new one replaces: they count as free.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     else:
         free = psutil.virtual_memory().available
-    return max(1, int(KV_SHARE * free) // (kv_bytes_per_token(config, dtype) * row_capacity))
+    return max(1, int(KV_SHARE * (free + held_bytes)) // (kv_bytes_per_token(config, dtype) * row_capacity))

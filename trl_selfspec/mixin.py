@@ -97,6 +97,8 @@ class SelfSpecMixin(_Trainer):
             output = super()._generate(prompts)
         finally:
             self._generating = False
+            if self._engine is not None:
+                self._engine.release()
         gathered = self._rollout.gather(self.accelerator)
         self._tallies[self._mode] += gathered
         if self.model.training:
@@ -134,8 +136,9 @@ class SelfSpecMixin(_Trainer):
         """
         Generates one completion for each prompt, as a training rollout would: for use inside a `rollout_func`.
 
-        With several processes, each may call it any number of times inside of a rollout; elsewhere all have to call it
-        together, since they bring their engines up to date together.
+        Inside of a rollout, a prompt that goes on from an earlier one and its completion is computed from where they
+        end. With several processes, each may call it any number of times inside of a rollout; elsewhere all have to
+        call it together, since they bring their engines up to date together.
 
         Args:
             prompt_ids (`list[list[int]]`):
@@ -164,9 +167,13 @@ class SelfSpecMixin(_Trainer):
         show = not self.args.disable_tqdm and self.accelerator.is_local_main_process
         try:
             with profiling_context(self, "selfspec.generate"), RolloutBar(len(prompt_ids), show) as bar:
-                output = engine.generate(prompt_ids, self.generation_config, seed=seed, on_round=bar.on_round)
+                # Inside of `_generate` the next turn's prompts may begin with these rows.
+                output = engine.generate(
+                    prompt_ids, self.generation_config, seed=seed, on_round=bar.on_round, keep=self._generating
+                )
         finally:
-            engine.release()
+            if not self._generating:
+                engine.release()
         self._rollout.add_turn(output.stats)
         return output.completion_ids, output.policy_logprobs
 

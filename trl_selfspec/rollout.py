@@ -3,16 +3,19 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from trl_selfspec.controller import Controller
+from trl_selfspec.kept import KeptRows
 from trl_selfspec.rounds import RoundResult, RoundRunner
 from trl_selfspec.scheduler import Request, Scheduler
 from trl_selfspec.stats import RolloutStats
 
 
 PREFILL_TOKENS = 4096  # padded tokens per prefill forward: bounds its activations
+PREFILL_SCORES = PREFILL_TOKENS**2  # queries x keys of a prefill that continues a row, whose attention needs a mask
 SLOT_QUANTUM = 16  # attention reads a multiple of this many slots, so that shapes repeat over rounds
 
 
@@ -26,15 +29,29 @@ class Progress:
     num_speculative_tokens: int  # draft length of the last round; 0 is a plain round
 
 
+class Span(NamedTuple):
+    """Prompt tokens of a row whose keys are to be computed."""
+
+    row: int
+    start: int
+    end: int
+
+    @property
+    def width(self) -> int:
+        return self.end - self.start
+
+
 @dataclass
 class Rollout:
     """One `generate` call. `completions[i]` and the log-probabilities belong to the i-th prompt."""
 
     runner: RoundRunner
     scheduler: Scheduler
+    kept: KeptRows  # of the runner's cache
     controller: Controller
     prepare_drafter: Callable[[], float]  # makes the drafter current; returns the seconds it took
     drafter_is_current: bool = False
+    keep: bool = False  # finished rows, for later rollouts
     on_round: Callable[[Progress], None] | None = None
     stats: RolloutStats = field(default_factory=RolloutStats)
 
@@ -115,17 +132,22 @@ class Rollout:
         for row in range(scheduler.num_active - 1, -1, -1):
             if not result.finished[row]:
                 continue
-            self._store(row)
+            tokens = self._store(row)
             if (sibling := scheduler.waiting_sibling(row)) is not None:  # its prompt's keys are in place
                 scheduler.replace(row, sibling)
                 self._place(row, sibling)
                 continue
-            cache.release(row)
-            if (last := scheduler.retire(row)) != row:
+            num_keys = scheduler.lengths[row] - 1 if self.keep else 0  # the last token has been drawn, not read
+            last = scheduler.retire(row)
+            moves = {last: (row, num_keys)}
+            if last != row:
                 state.move(last, row)
-                cache.move(last, row, scheduler.lengths[row])
+                moves[row] = last, scheduler.lengths[row]
+            cache.rearrange(moves)
+            self.kept.keep(last, tokens[:num_keys])
 
-    def _store(self, row: int) -> None:
+    def _store(self, row: int) -> tuple[int, ...]:
+        """Takes down a finished row's results; returns all its tokens."""
         request, end = self.scheduler.active[row], self.scheduler.lengths[row]
         new, state = slice(len(request.prompt), end), self.runner.state
         self.completions[request.row_id] = state.tokens[row, new].tolist()
@@ -134,6 +156,7 @@ class Rollout:
         self.stats.num_rows += 1
         self.stats.prompt_tokens += len(request.prompt)
         self.stats.completion_tokens += end - len(request.prompt)
+        return (*request.prompt, *self.completions[request.row_id])
 
     def _admit(self) -> None:
         rows = self.scheduler.admit()
@@ -144,35 +167,44 @@ class Rollout:
             self._place(row, self.scheduler.active[row])
         groups = self.scheduler.prefix_groups(rows)
         new = [holder for holder, _ in groups if holder >= rows[0]]
-        for chunk in self._prefill_chunks(new):
-            self._prefill(chunk)
+        starts = self.kept.seat(new, [self.scheduler.active[row].prompt for row in new])
+        self.kept.forget(rows)
+        self.stats.reused_prompt_tokens += sum(starts)
+        for spans in self._prefill_batches(new, starts):
+            self._prefill(spans)
         for holder, members in groups:
-            self.runner.cache.share_prefix(holder, members, len(self.scheduler.active[holder].prompt) - 1)
+            prefix = holder, len(self.scheduler.active[holder].prompt) - 1
+            self.runner.cache.rearrange(dict.fromkeys(members, prefix))
         self.stats.prefill_s += time.perf_counter() - start
 
     def _place(self, row: int, request: Request) -> None:
         self.runner.state.admit(row, request.prompt, request.limit, request.row_id)
 
-    def _prefill_chunks(self, rows: list[int]) -> Iterator[list[int]]:
-        """Splits rows into forwards of similar lengths and bounded size."""
-        lengths = {row: len(self.scheduler.active[row].prompt) - 1 for row in rows}
-        chunk: list[int] = []
-        for row in sorted((row for row in rows if lengths[row]), key=lengths.__getitem__):
-            if chunk and (len(chunk) + 1) * lengths[row] > PREFILL_TOKENS:
-                yield chunk
-                chunk = []
-            chunk.append(row)
-        if chunk:
-            yield chunk
+    def _prefill_batches(self, rows: list[int], starts: list[int]) -> Iterator[list[Span]]:
+        """Splits rows into forwards of similar lengths and bounded size; fresh rows have forwards of their own."""
+        ends = [len(self.scheduler.active[row].prompt) - 1 for row in rows]
+        spans = [Span(*span) for span in zip(rows, starts, ends, strict=True)]
+        batch: list[Span] = []
+        for span in sorted((span for span in spans if span.width), key=lambda span: (span.start > 0, span.width)):
+            too_large = (len(batch) + 1) * span.width > PREFILL_TOKENS
+            if batch and (too_large or (span.start > 0) != (batch[0].start > 0)):
+                yield batch
+                batch = []
+            batch.append(span)
+        if batch:
+            yield batch
 
-    def _prefill(self, rows: list[int]) -> None:
+    def _prefill(self, spans: list[Span]) -> None:
         """Keys and values of all prompt tokens but the last, so that the first round is an ordinary one."""
-        runner = self.runner
-        lengths = [len(self.scheduler.active[row].prompt) - 1 for row in rows]
-        for row, length in zip(rows, lengths, strict=True):
-            runner.cache.reserve(row, length)
-        device = runner.state.tokens.device
-        runner.prefill(torch.tensor(rows, device=device), torch.tensor(lengths, device=device), max(lengths))
+        runner, device = self.runner, self.runner.state.tokens.device
+        for span in spans:
+            runner.cache.reserve(span.row, span.end)
+        rows, starts, ends = torch.tensor([(span.row, span.start, span.end) for span in spans], device=device).T
+        longest, num_slots = max(span.width for span in spans), max(span.end for span in spans)
+        fresh = spans[0].start == 0
+        width = longest if fresh else min(longest, max(1, PREFILL_SCORES // (len(spans) * num_slots)))
+        for offset in range(0, longest, width):
+            runner.prefill(rows, starts + offset, ends, width, num_slots, fresh)
 
     def _report(self, gamma: int, seconds: float) -> None:
         assert self.on_round is not None

@@ -136,11 +136,19 @@ class RoundRunner:
     def __post_init__(self) -> None:
         self._eos = torch.tensor(self.law.eos_token_ids, dtype=torch.int64, device=self.state.tokens.device)
 
-    def prefill(self, rows: Tensor, lengths: Tensor, width: int) -> None:
-        """Writes the keys and values of each row's first `lengths` tokens; logits are not needed."""
-        positions = torch.arange(width, device=rows.device).expand(len(rows), width)
-        self.cache.begin(positions, width, rows, lengths, fresh=True)
-        tokens = self.state.tokens[rows, :width]
+    def prefill(
+        self,
+        rows: Tensor,  # (B,)
+        starts: Tensor,  # (B,): slots below are written
+        ends: Tensor,  # (B,)
+        width: int,  # tokens per row in this forward, padding included
+        num_slots: int,  # the largest end
+        fresh: bool,  # all start at 0
+    ) -> None:
+        """Writes the keys and values of each row's tokens from `starts` to `ends`; logits are not needed."""
+        positions = starts[:, None] + torch.arange(width, device=rows.device)
+        self.cache.begin(positions, num_slots, rows, ends, fresh)
+        tokens = self.state.tokens[rows].gather(1, positions.clamp(max=num_slots - 1))
         self._run(self.target, tokens, positions, **self.prefill_kwargs)
 
     def plain(self, num_rows: int, num_slots: int) -> RoundResult:

@@ -32,6 +32,7 @@ class RolloutStats:
 
     num_rows: int = 0
     prompt_tokens: int = 0
+    reused_prompt_tokens: int = 0  # whose keys an earlier request had left in the cache
     completion_tokens: int = 0
     plain_rounds: int = 0
     plain_row_rounds: int = 0
@@ -176,6 +177,7 @@ class RolloutStats:
             "rollout_s": self.rollout_s / num_ranks,
             "refresh_s": self.refresh_s / num_ranks,
             "estimated_speedup": self.estimated_speedup,
+            "reused_prompt_tokens": float(self.reused_prompt_tokens),
             "drafter_bytes": float(self.drafter_bytes),
             "draft_nan_rounds": float(self.draft_nan_rounds),
         }
