@@ -167,15 +167,20 @@ class SelfSpecMixin(_Trainer):
         show = not self.args.disable_tqdm and self.accelerator.is_local_main_process
         try:
             with profiling_context(self, "selfspec.generate"), RolloutBar(len(prompt_ids), show) as bar:
-                # Inside of `_generate` the next turn's prompts may begin with these rows.
+                keep = self._generating and self._has_turns
                 output = engine.generate(
-                    prompt_ids, self.generation_config, seed=seed, on_round=bar.on_round, keep=self._generating
+                    prompt_ids, self.generation_config, seed=seed, on_round=bar.on_round, keep=keep
                 )
         finally:
             if not self._generating:
                 engine.release()
         self._rollout.add_turn(output.stats)
         return output.completion_ids, output.policy_logprobs
+
+    @property
+    def _has_turns(self) -> bool:
+        """Whether later prompts of a rollout may begin with its earlier rows."""
+        return bool(getattr(self, "tools", None) or getattr(self, "rollout_func", None))
 
     # The engine, and when it is not used
 
