@@ -33,7 +33,7 @@ from trl_selfspec.stats import RolloutStats
 
 logger = logging.get_logger(__name__)
 
-_GENERATE = GenerationMixin.generate
+_GENERATE: Any = vars(GenerationMixin)["generate"]
 FALLBACK_WARNING = "These completions come from TRL's own generation, without speculation: "
 
 # The mixin always stands in front of a TRL trainer; type checkers see the attributes of one.
