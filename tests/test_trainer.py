@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from torch import Tensor
 from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 from trl_runs import (
@@ -113,6 +114,30 @@ def test_a_model_the_engine_cannot_mirror_is_generated_by_trl_and_named(
     assert [entry["selfspec/fallback"] for entry in log] == [1, 1]
     (warning,) = [record.getMessage() for record in caplog.records if record.name == "trl_selfspec.mixin"]
     assert "dynamic" in warning
+
+
+def _draw_token_seven(input_ids: Tensor, **_: Any) -> Tensor:
+    return torch.cat([input_ids, input_ids.new_full((len(input_ids), 2), 7)], dim=1)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("owner", ["instance", "class"])
+def test_a_policy_with_a_generate_of_its_own_is_generated_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, owner: str, lora: bool
+) -> None:
+    """A repository's `custom_generate`, or a patch, decides how tokens are drawn: the engine must not bypass it."""
+    model = make_model()
+    target = model if owner == "instance" else type(model)
+    monkeypatch.setattr(target, "generate", lambda *args, **kwargs: _draw_token_seven(**kwargs))
+    reward = Recorder()
+    peft_config = LoraConfig(r=4, task_type="CAUSAL_LM") if lora else None
+    trainer = make_trainer(tmp_path, model=model, reward=reward, trainer_kwargs={"peft_config": peft_config})
+    with caplog.at_level(logging.WARNING, logger="trl_selfspec.trainer"):
+        log = train(trainer)
+    assert [entry["selfspec/fallback"] for entry in log] == [1, 1]
+    assert all(ids == [7, 7] for call in reward.completion_ids for ids in call)
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "trl_selfspec.trainer"]
+    assert "`generate`" in warning
 
 
 class _TwoTurns(GRPOTrainer):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import Trainer
+from transformers.generation.utils import GenerationMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import GRPOTrainer
@@ -33,6 +34,9 @@ from trl_selfspec.stats import RolloutStats
 
 
 logger = logging.get_logger(__name__)
+
+_GENERATE: Any = vars(GenerationMixin)["generate"]
+FALLBACK_WARNING = "These completions come from TRL's own generation, without speculation: "
 
 # The mixin always stands in front of a TRL trainer; type checkers see the attributes of one.
 _Trainer = GRPOTrainer if TYPE_CHECKING else object
@@ -116,7 +120,7 @@ class SelfSpecMixin(_Trainer):
             reason = self._static_fallback_reason() or self._input_fallback_reason(images, multimodal_fields)
             if reason is None:
                 return self._pack_rollout(*self._engine_rollout(prompt_ids))
-            self._warn_once(f"These completions come from TRL's own generation, without speculation: {reason}")
+            self._warn_once(FALLBACK_WARNING + reason)
         start = time.perf_counter()
         result = super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
         completion_ids = result[0] if isinstance(result, tuple) else result
@@ -215,6 +219,8 @@ class SelfSpecMixin(_Trainer):
         peft_configs = getattr(self._policy, "peft_config", {})
         if any(config.is_prompt_learning for config in peft_configs.values()):
             return "prompt-learning PEFT methods have no weights that a mirror of the policy could merge"
+        if _replaces_generate(self._policy) or _replaces_generate(self._base_model):
+            return "the policy's `generate` is not transformers' own"
         config = effective_generation_config(self._base_model, self.generation_config)
         if names := unsupported_parameters(config):
             return "the engine can't honour " + ", ".join(f"`{name}={getattr(config, name)!r}`" for name in names)
@@ -327,3 +333,9 @@ def _check_bases(cls: type) -> None:
         "`_generate_single_turn`: GRPOTrainer, RLOOTrainer, DistillationTrainer and what derives from them. A trainer "
         "that calls `model.generate` itself can be served by `SelfSpecGenerate` instead; see docs/subclassing.md."
     )
+
+
+def _replaces_generate(model: Any) -> bool:
+    """Whether tokens are drawn by code of the model's own, say a repository's `custom_generate`, or by a patch."""
+    of_class = getattr(type(model), "generate", None)
+    return "generate" in vars(model) or (isinstance(model, GenerationMixin) and of_class is not _GENERATE)
