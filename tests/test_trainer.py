@@ -132,11 +132,11 @@ def test_a_policy_with_a_generate_of_its_own_is_generated_by_it(
     reward = Recorder()
     peft_config = LoraConfig(r=4, task_type="CAUSAL_LM") if lora else None
     trainer = make_trainer(tmp_path, model=model, reward=reward, trainer_kwargs={"peft_config": peft_config})
-    with caplog.at_level(logging.WARNING, logger="trl_selfspec.trainer"):
+    with caplog.at_level(logging.WARNING, logger="trl_selfspec.mixin"):
         log = train(trainer)
     assert [entry["selfspec/fallback"] for entry in log] == [1, 1]
     assert all(ids == [7, 7] for call in reward.completion_ids for ids in call)
-    (warning,) = [record.getMessage() for record in caplog.records if record.name == "trl_selfspec.trainer"]
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "trl_selfspec.mixin"]
     assert "`generate`" in warning
 
 

@@ -17,8 +17,8 @@ import trl
 from transformers import TrainingArguments
 from trl.trainer import grpo_config, grpo_trainer
 
-from trl_selfspec import SelfSpecEngine, SelfSpecGRPOConfig, SelfSpecGRPOTrainer
-from trl_selfspec.trainer import FALLBACK_WARNING
+from trl_selfspec import SelfSpecEngine, SelfSpecGRPOConfig, SelfSpecGRPOTrainer, SelfSpecMixin
+from trl_selfspec.mixin import FALLBACK_WARNING
 
 
 CLASSES = ("stock", "ours")
@@ -54,7 +54,7 @@ class _Watch(logging.Handler):
             self.rollouts.fallbacks.append(reason)
 
     def install(self) -> None:
-        logging.getLogger(SelfSpecGRPOTrainer.__module__).addHandler(self)
+        logging.getLogger(SelfSpecMixin.__module__).addHandler(self)
         generate = SelfSpecEngine.generate
 
         @wraps(generate)
@@ -89,10 +89,12 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
 
 
 def _substitute(trainer_class: type, config_class: type) -> None:
-    for module in (trl, trl.trainer, grpo_trainer):
-        module.GRPOTrainer = trainer_class
-    for module in (trl, trl.trainer, grpo_config):
-        module.GRPOConfig = config_class
+    for name, substitute, home in (
+        ("GRPOTrainer", trainer_class, grpo_trainer),
+        ("GRPOConfig", config_class, grpo_config),
+    ):
+        for module in (trl, trl.trainer, home):
+            setattr(module, name, substitute)
 
 
 def _adapt_runs(step_cap: int | None, fp32: bool) -> None:

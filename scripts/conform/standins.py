@@ -78,9 +78,13 @@ def build(root: Path, sources: list[Path]) -> list[str]:
 def _save_model(folder: Path, class_name: str, words: list[str]) -> None:
     model_class: type[PreTrainedModel] = getattr(transformers, class_name)
     defaults: PreTrainedConfig = model_class.config_class()  # type: ignore[misc]
-    values = {name: value for name, value in SHAPE.items() if hasattr(defaults, name)}
-    ids = {"bos_token_id": FIRST_SPECIAL_ID, "pad_token_id": FIRST_SPECIAL_ID, "eos_token_id": FIRST_SPECIAL_ID + 2}
-    labels = {} if class_name.endswith("CausalLM") else {"num_labels": 1}
+    values: dict[str, Any] = {name: value for name, value in SHAPE.items() if hasattr(defaults, name)}
+    ids: dict[str, Any] = {
+        "bos_token_id": FIRST_SPECIAL_ID,
+        "pad_token_id": FIRST_SPECIAL_ID,
+        "eos_token_id": FIRST_SPECIAL_ID + 2,
+    }
+    labels: dict[str, Any] = {} if class_name.endswith("CausalLM") else {"num_labels": 1}
     generator_state = torch.get_rng_state()
     torch.manual_seed(0)
     model = model_class(type(defaults)(**values, **ids, **labels)).bfloat16()
