@@ -19,9 +19,8 @@ from statistics import mean, quantiles
 from typing import Any
 
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # read when torch loads: 2.3 times faster on a machine that is busy
+# Read when torch loads. On a machine that is busy, training takes less than half the time.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from datasets import Dataset
@@ -47,6 +46,7 @@ MAX_STEPS, BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS = 800, 16, 1e-3, 30
 POOL_SIZE = 16 * BATCH_SIZE  # problems that are sorted into batches of similar length
 BUDGET_S = 150.0  # of training; a slower machine stops here, with its learning rate annealed all the same
 NUM_SAMPLES, MAX_COMPLETION_LENGTH = 256, 320
+MIN_CORRECT = 0.2  # of samples: below, a policy is not kept
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<user>", "<assistant>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<' + message.role + '>' + message.content }}"
@@ -169,7 +169,8 @@ def sample(model: Any, tokenizer: Any) -> tuple[list[int], list[float]]:
     return (completions != tokenizer.pad_token_id).sum(1).tolist(), rewards
 
 
-def report(model: Any, tokenizer: Any, train_s: float) -> None:
+def report(model: Any, tokenizer: Any, train_s: float) -> float:
+    """Prints how it turned out; returns the share of correct samples."""
     start = time.monotonic()
     lengths, rewards = sample(model, tokenizer)
     cuts = quantiles(lengths, n=100)
@@ -177,6 +178,7 @@ def report(model: Any, tokenizer: Any, train_s: float) -> None:
     print(f"training           {train_s:.0f} s")
     print(f"sampled length     median {cuts[49]:.0f}, p90 {cuts[89]:.0f}, p99 {cuts[98]:.0f} tokens")
     print(f"share correct      {mean(rewards):.2f} of {NUM_SAMPLES} samples, {time.monotonic() - start:.0f} s")
+    return mean(rewards)
 
 
 def main() -> None:
@@ -195,7 +197,11 @@ def main() -> None:
     num_pools = -(-MAX_STEPS * BATCH_SIZE // POOL_SIZE)
     dataset = arithmetic.make_dataset(num_pools * POOL_SIZE, seed=0, with_completion=True)
     train(model, tokenizer, batched_by_length(dataset), args.budget)
-    report(model, tokenizer, time.monotonic() - start)
+    if report(model, tokenizer, time.monotonic() - start) < MIN_CORRECT:
+        sys.exit(
+            f"Not saved: GRPO learns nothing from a policy that is right less than {MIN_CORRECT:.0%} of the time. This "
+            f"machine was too slow or too busy for {args.budget:.0f} s of training; give it more by --budget."
+        )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=args.output.parent))
     model.bfloat16().save_pretrained(scratch)
