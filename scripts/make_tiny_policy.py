@@ -199,8 +199,8 @@ def main() -> None:
     train(model, tokenizer, batched_by_length(dataset), args.budget)
     if report(model, tokenizer, time.monotonic() - start) < MIN_CORRECT:
         sys.exit(
-            f"Not saved: GRPO learns nothing from a policy that is right less than {MIN_CORRECT:.0%} of the time. This "
-            f"machine was too slow or too busy for {args.budget:.0f} s of training; give it more by --budget."
+            f"Not saved: GRPO learns nothing from a policy that is right less than {MIN_CORRECT:.0%} of the time. "
+            f"This machine was too slow or too busy for {args.budget:.0f} s of training; give it more by --budget."
         )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=args.output.parent))
