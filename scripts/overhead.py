@@ -22,8 +22,9 @@ from bench.report import provenance, spread
 from trl import GRPOTrainer
 
 from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.mixin import SelfSpecMixin
 from trl_selfspec.reporting import RolloutBar
-from trl_selfspec.trainer import SelfSpecGRPOTrainer, SelfSpecMixin
+from trl_selfspec.trainer import SelfSpecGRPOTrainer
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
