@@ -14,8 +14,8 @@ FLOORS = tuple(
     for names in (
         "sampling rejection stats estimates controller options timing scheduler",
         "quantize kernels",
-        "law sharding adapters cache kept attention layers mirror drafter rounds memory requests rollout selfcheck "
-        "engine generation",
+        "law sharding adapters cache kept attention layers mirror drafter forms rounds memory requests rollout "
+        "selfcheck engine generation",
         "config reporting following checkpointing mixin trainer model_card",
     )
 )

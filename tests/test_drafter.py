@@ -7,7 +7,7 @@ from tiny_models import tiny_model
 from torch import Tensor, nn
 
 from trl_selfspec import adapters
-from trl_selfspec.drafter import LiveLoraLinear, drafter_bytes, live_adapter_seconds, make_drafter, requantize
+from trl_selfspec.drafter import LiveLoraLinear, drafter_bytes, make_drafter, requantize
 from trl_selfspec.mirror import Mirror
 from trl_selfspec.quantize import QuantizedLinear
 
@@ -130,16 +130,6 @@ def test_the_engine_drafts_with_live_adapters() -> None:
     tokens, broken = greedy(engines[2])
     assert tokens == expected
     assert broken < alpha - 0.2, "negative control: adapters of the wrong sign draft badly"
-
-
-def test_the_cost_of_live_adapters_is_known_before_they_run() -> None:
-    """Prevents a choice between the forms that is a guess, or one where there is nothing to choose."""
-    mirror = Mirror(adapted())
-    seconds = live_adapter_seconds(mirror, num_rows=4)
-    assert seconds is not None
-    assert 0 < seconds < 1
-    assert live_adapter_seconds(Mirror(tiny_model("llama")), num_rows=4) is None
-    assert live_adapter_seconds(Mirror(adapted(use_dora=True)), num_rows=4) is None
 
 
 def test_live_adapters_count_as_the_drafters_memory() -> None:

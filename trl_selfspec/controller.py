@@ -74,7 +74,7 @@ class Controller:
             raise ValueError(f"A draft length of {longest} is not supported: use 0 to {MAX_DRAFT_LENGTH}.")
         self._candidates = range(shortest, longest + 1)
         self._max_active_sequences = max_active_sequences
-        self._counts_alone = fixed is not None and max_active_sequences is not None
+        self.counts_alone = fixed is not None and max_active_sequences is not None
         self._reset()
 
     def _reset(self) -> None:
@@ -111,7 +111,7 @@ class Controller:
         self._rows, self._trial = rows, None
         if self._forbidden(rows):
             self._gamma = 0
-        elif self._counts_alone:
+        elif self.counts_alone:
             self._gamma = self._candidates[0]
         else:
             options = self._options(rows)
@@ -287,7 +287,7 @@ class Controller:
             return f"off for the rest of this rollout: {self._disabled}"
         if self._forbidden(rows):
             return f"off {where}: max_active_sequences is {self._max_active_sequences}"
-        if self._counts_alone:
+        if self.counts_alone:
             return f"on {where} with γ = {gamma}: max_active_sequences is {self._max_active_sequences}"
         options = self._options(rows)
         if len(options) < 2:

@@ -2,10 +2,8 @@
 
 Its weights come in two forms. Merged: the target's weights are quantized anew after every change. Live, for LoRA: the
 frozen base is quantized once, and the active adapters run on top in the layer's dtype. A change of the adapters then
-costs a copy of a few kilobytes, but every draft step two more small products per layer (`live_adapter_seconds`).
+costs a copy of a few kilobytes, but every draft step two more small products per layer. `forms.py` chooses.
 """
-
-from collections import Counter
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +13,6 @@ from trl_selfspec import kernels
 from trl_selfspec.adapters import effective_tensor, find_module, frozen_state, inner_module, lora_factors
 from trl_selfspec.mirror import Mirror, MirrorLinear
 from trl_selfspec.quantize import QuantizedLinear
-from trl_selfspec.timing import Clock
-
-
-TIMED_STEPS = 3
 
 
 class LiveLoraLinear(QuantizedLinear):
@@ -97,32 +91,9 @@ def requantize(drafter: nn.Module, mirror: Mirror) -> None:
         module.quantized_state = (live, state)  # type: ignore[assignment]
 
 
-@torch.no_grad()
-def live_adapter_seconds(mirror: Mirror, num_rows: int) -> float | None:
-    """What live adapters add to one draft step of `num_rows`, measured layer shape by layer shape.
-
-    `None` where there are no LoRA layers. Live adapters are cheaper than merged ones if this, times the draft steps
-    between two changes of the weights, is less than requantizing takes.
-    """
-    shapes: Counter[tuple[int, int, int]] = Counter()
-    like = mirror.embeddings[:1].to(mirror.dtype)
-    for name, module in mirror.model.named_modules():
-        if isinstance(module, MirrorLinear) and (factors := lora_factors(find_module(mirror.base, name))) is not None:
-            down, up = factors
-            shapes[down.shape[1], down.shape[0], up.shape[0]] += 1
-    return sum(count * _seconds(like, num_rows, *shape) for shape, count in shapes.items()) if shapes else None
-
-
-def _seconds(like: Tensor, num_rows: int, in_features: int, rank: int, out_features: int) -> float:
-    x, down = like.new_zeros(num_rows, in_features), like.new_zeros(rank, in_features)
-    up, y = like.new_zeros(out_features, rank), like.new_zeros(num_rows, out_features)
-    clock, laps = Clock(like.device), []
-    for _ in range(TIMED_STEPS):
-        clock.start()
-        y = y + kernels.linear(kernels.linear(x, down), up)
-        clock.mark()
-        laps += clock.laps()
-    return min(laps)
+def has_live_adapters(drafter: nn.Module) -> bool:
+    """Whether this is a drafter of the form for LoRA."""
+    return any(isinstance(module, LiveLoraLinear) for module in drafter.modules())
 
 
 def drafter_bytes(drafter: nn.Module) -> int:

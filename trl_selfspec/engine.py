@@ -9,6 +9,7 @@ import inspect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -16,7 +17,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from trl_selfspec.attention import bind_cache
 from trl_selfspec.cache import PagedCache
 from trl_selfspec.controller import Controller
-from trl_selfspec.drafter import drafter_bytes, make_drafter, requantize
+from trl_selfspec.drafter import drafter_bytes, has_live_adapters, make_drafter, requantize
+from trl_selfspec.forms import measured_choice
 from trl_selfspec.kept import KeptRows
 from trl_selfspec.law import SamplingLaw, effective_generation_config
 from trl_selfspec.memory import affordable_rows
@@ -104,6 +106,7 @@ class SelfSpecEngine:
             self.options.max_speculative_tokens,
             self.options.max_active_sequences,
         )
+        self._form = measured_choice(self._mirror, self.draft_qtype, by_cost=not self.controller.counts_alone)
         self._drafter: torch.nn.Module | None = None
         self._drafter_version, self._wanted_version = 0, self._mirror.version
         self._refresh_s = 0.0
@@ -181,6 +184,7 @@ class SelfSpecEngine:
             on_error.callback(self.release)  # a failed rollout may leave NaN, which spreads through masked keys too
             rollout.run()
             on_error.pop_all()
+        self._form.add(rollout.stats)
         rollout.stats.refresh_s, self._refresh_s = self._refresh_s, 0.0
         rollout.stats.drafter_bytes = self.drafter_bytes
         policy_logprobs = rollout.logprobs if law.is_full_softmax else rollout.policy_logprobs
@@ -197,6 +201,17 @@ class SelfSpecEngine:
     def drafter_bytes(self) -> int:
         """Bytes the drafter holds beyond what it shares with the target; 0 until it first drafts."""
         return 0 if self._drafter is None else drafter_bytes(self._drafter)
+
+    @property
+    def draft_form(self) -> Literal["merged", "live"] | None:
+        """Whether the drafter has LoRA adapters merged into its weights or live on top; `None` until it first drafts.
+
+        With merged adapters it is quantized at every refresh, with live ones its base is quantized once; the form that
+        costs less is chosen from measured seconds, or merged where counts alone decide.
+        """
+        if self._drafter is None:
+            return None
+        return "live" if has_live_adapters(self._drafter) else "merged"
 
     def state_dict(self) -> dict:
         """What the controller learned, as JSON-able values."""
@@ -272,9 +287,12 @@ class SelfSpecEngine:
 
     def _current_drafter(self, cache: PagedCache) -> torch.nn.Module:
         """The drafter, quantized from the weights that `refresh` asked for."""
-        if self._drafter is None:
-            self._drafter = make_drafter(self._mirror, self.draft_qtype, self.options.quantize_lm_head)
-        if self._drafter_version != self._wanted_version:
+        if self._drafter is None or self._drafter_version != self._wanted_version:
+            live = self._form.live(current=self.draft_form == "live")
+            if self.draft_form != ("live" if live else "merged"):
+                self._drafter = None  # freed before another takes its place
+                self._drafter = make_drafter(self._mirror, self.draft_qtype, self.options.quantize_lm_head, live)
+            assert self._drafter is not None
             requantize(self._drafter, self._mirror)
             self._drafter_version = self._wanted_version
         bind_cache(self._drafter, cache)

@@ -37,6 +37,7 @@ class RolloutStats:
     plain_rounds: int = 0
     plain_row_rounds: int = 0
     num_rounds_speculative: int = 0
+    draft_steps: int = 0  # forwards of the drafter
     drafted_per_position: list[int] = field(default_factory=_per_position)
     examined_per_position: list[int] = field(default_factory=_per_position)
     accepted_per_position: list[int] = field(default_factory=_per_position)
@@ -71,6 +72,7 @@ class RolloutStats:
         plain_round_s: float | None,  # Controller.plain_seconds(rows); None counts the round as worth its own seconds
     ) -> None:
         self.num_rounds_speculative += 1
+        self.draft_steps += gamma
         for i in range(gamma):
             self.drafted_per_position[i] += rows
             self.examined_per_position[i] += examined[i]
