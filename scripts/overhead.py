@@ -40,7 +40,7 @@ class Ledger:
     """Seconds by owner; whoever was called last owns the time until it returns or calls another."""
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(OWNERS, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(OWNERS, 0.0)
         self.steps: list[dict[str, float]] = []
         self._owners, self._since = ["trl"], time.perf_counter()
 
