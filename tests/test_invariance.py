@@ -195,8 +195,9 @@ def forget_row_ids(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def draw_from_the_global_generator(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rand(seed: Tensor, rows: Tensor, positions: Tensor, purpose: int) -> Tensor:
-        return torch.rand(torch.broadcast_shapes(rows.shape, positions.shape), dtype=torch.float64)
+    def rand(seed: Tensor, rows: Tensor, positions: Tensor, purpose: int | Tensor) -> Tensor:
+        shapes = (tensor.shape for tensor in (rows, positions, torch.as_tensor(purpose)))
+        return torch.rand(torch.broadcast_shapes(*shapes), dtype=torch.float64)
 
     monkeypatch.setattr("trl_selfspec.rounds.uniform", rand)
 

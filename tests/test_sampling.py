@@ -23,7 +23,7 @@ LAST_SHIFT = "z.bitwise_xor_(_logical_shift(z, 31))"
 WEAK_HASHES = {
     "no xor-shift": [("z.bitwise_xor_(_logical_shift(z, 30))", "z"), (SECOND_ROUND, "z"), (LAST_SHIFT, "z")],
     "one multiply": [(SECOND_ROUND, "z"), (LAST_SHIFT, "z")],
-    "purpose forgotten": [("add_(purpose + 1)", "add_(1)")],
+    "purpose forgotten": [("+ (purpose + 1)", "+ 1")],
     "row plus position": [("_mix_((rows + 1)", "((rows + 1)"), ("positions * _PURPOSES", "positions")],
 }
 

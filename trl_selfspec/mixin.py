@@ -337,5 +337,8 @@ def _check_bases(cls: type) -> None:
 
 def _replaces_generate(model: Any) -> bool:
     """Whether tokens are drawn by code of the model's own, say a repository's `custom_generate`, or by a patch."""
-    of_class = getattr(type(model), "generate", None)
-    return "generate" in vars(model) or (isinstance(model, GenerationMixin) and of_class is not _GENERATE)
+    of_class, of_instance = getattr(type(model), "generate", None), vars(model).get("generate")
+    wrapper = getattr(of_instance, "__func__", None)
+    if wrapper is not None and wrapper.__globals__["__name__"].startswith("torch.distributed.fsdp"):
+        of_instance = None  # FSDP gathers the weights around transformers' own
+    return of_instance is not None or (isinstance(model, GenerationMixin) and of_class is not _GENERATE)
