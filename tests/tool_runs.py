@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-from trl_runs import SPECIAL_TOKENS
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+from trl_runs import SPECIAL_TOKENS, make_config
 
 
 CALL, END_CALL = "<call>", "</call>"
@@ -118,20 +118,7 @@ def conversation(question: str) -> list[dict[str, Any]]:
 @functools.cache
 def _taught() -> Qwen3ForCausalLM:
     tokenizer = make_tool_tokenizer()
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=160,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    config = make_config(vocab_size=len(tokenizer), max_position_embeddings=160)
     chats = [conversation(question) for question in ["hi", *map(str, range(1, 10))]]
     batch = tokenizer.apply_chat_template(
         chats, tools=[double], padding=True, return_dict=True, return_tensors="pt", padding_side="right"

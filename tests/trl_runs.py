@@ -45,23 +45,27 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def make_config(**overrides: Any) -> Qwen3Config:
+    values = {
+        "vocab_size": 99,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return Qwen3Config(**values | overrides)
+
+
 def make_model(**overrides: Any) -> Qwen3ForCausalLM:
     """Weights three times their usual size: default initialisation is so flat that mistakes do not show."""
-    config = Qwen3Config(
-        vocab_size=99,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **overrides,
-    )
+    config = make_config(**overrides)
     generator_state = torch.get_rng_state()
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(config)

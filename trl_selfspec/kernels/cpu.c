@@ -50,17 +50,21 @@ INLINE float sum8(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
+static void *grown(void **buffer, size_t *capacity, size_t bytes) {
+    if (bytes > *capacity) {
+        free(*buffer);
+        *capacity = (bytes + 4095) / 4096 * 4096;
+        *buffer = aligned_alloc(4096, *capacity);
+        if (!*buffer) abort();
+    }
+    return *buffer;
+}
+
 /* A buffer that outlives the call, one per thread. */
 static void *scratch(size_t bytes) {
     static _Thread_local void *buffer;
     static _Thread_local size_t capacity;
-    if (bytes > capacity) {
-        free(buffer);
-        capacity = (bytes + 4095) / 4096 * 4096;
-        buffer = aligned_alloc(4096, capacity);
-        if (!buffer) abort();
-    }
-    return buffer;
+    return grown(&buffer, &capacity, bytes);
 }
 
 INLINE __m256 load8(const void *p, int64_t i, int dtype) {

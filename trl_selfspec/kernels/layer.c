@@ -19,13 +19,7 @@ typedef struct { /* 8 bytes each, as Python packs them */
 static char *workspace(size_t bytes) {
     static _Thread_local void *buffer;
     static _Thread_local size_t capacity;
-    if (bytes > capacity) {
-        free(buffer);
-        capacity = (bytes + 4095) / 4096 * 4096;
-        buffer = aligned_alloc(4096, capacity);
-        if (!buffer) abort();
-    }
-    return buffer;
+    return grown(&buffer, &capacity, bytes);
 }
 
 static void normalise(const DecoderLayer *l, int which, const void *x, void *y, int64_t rows, int64_t n) {
