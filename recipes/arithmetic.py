@@ -5,6 +5,7 @@ law, so rollouts have the tail that answers to real problems have; one wrong sum
 """
 
 import hashlib
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ LARGEST_COUNT, LARGEST_SUMMAND = 40, 19
 def tiny_policy_dir() -> Path:
     """Where the small policy is kept; another directory as soon as the task or its training changes."""
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()
-    return Path.home() / ".cache" / "trl_selfspec" / f"tiny_policy-{digest[:12]}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "trl_selfspec" / f"tiny_policy-{digest[:12]}"
 
 
 def sample_factors(rng: random.Random) -> tuple[int, int]:
