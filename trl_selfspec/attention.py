@@ -1,8 +1,9 @@
 """One attention function for every model, target and drafter alike: it reads the shared paged cache.
 
-On a CPU one kernel writes a decode step's states and attends. Elsewhere grouped query heads are packed into the query
-length of SDPA, so that no key is repeated in memory. The function is found by transformers under `IMPLEMENTATION`; the
-cache hangs on each attention module (`bind_cache`), because not every architecture passes keyword arguments through.
+A decode step's states are written and attended to by our kernels. Elsewhere grouped query heads are packed into the
+query length of SDPA, so that no key is repeated in memory. The function is found by transformers under
+`IMPLEMENTATION`; the cache hangs on each attention module (`bind_cache`), because not every architecture passes
+keyword arguments through.
 """
 
 import torch
@@ -47,10 +48,13 @@ def selfspec_attention(
     cache: PagedCache = module.paged_cache  # type: ignore[assignment]
     plain = softcap is None and s_aux is None
     layer = cache.pages_of[module.layer_idx]  # type: ignore[index]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    forward = cache.positions, cache.write_index, cache.num_slots, scale, sliding_window
     if plain and cache.rows_in_place and kernels.can_attend(query, key, value, layer.keys):
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        storage = layer.keys, layer.values, cache.positions, cache.write_index, cache.num_slots
-        return kernels.write_and_attend(query, key, value, *storage, scale, sliding_window), None
+        return kernels.write_and_attend(query, key, value, layer.keys, layer.values, *forward), None
+    if not cache.fresh and kernels.can_attend_on_gpu(query, layer.keys, layer.values):
+        storage = layer.keys, layer.values, cache.table
+        return kernels.write_and_attend_on_gpu(query, key, value, *storage, *forward, softcap, s_aux), None
     layer.write(key, value)
     if cache.fresh:
         keys, values = key, value
@@ -68,7 +72,6 @@ def selfspec_attention(
         bias = cache.bias(sliding_window, groups, query.dtype)
         out = scaled_dot_product_attention(packed, keys, values, attn_mask=bias, scale=scaling)
     else:
-        scale = head_dim**-0.5 if scaling is None else scaling
         bias = cache.bias(sliding_window, groups, torch.float32)
         out = _eager_attention(packed, keys, values, bias, scale, softcap, s_aux, groups)
     return out.reshape(num_rows, num_heads, num_queries, -1).transpose(1, 2), None

@@ -118,6 +118,7 @@ class PagedCache(Cache):
 
     # Current forward, set by `begin` and read by the attention function.
     rows: Tensor | None
+    table: Tensor  # (B, pages_per_row) int64: the pages of its rows
     positions: Tensor
     write_index: Tensor
     num_slots: int
@@ -132,8 +133,8 @@ class PagedCache(Cache):
         fresh: bool = False,
     ) -> None:
         """Announces a forward over `positions`; `fresh` means its keys are all there is (prefill from position 0)."""
-        table = self._table[: len(positions)] if rows is None else self._table[rows]
-        pages = table.gather(1, (positions // self.page_size).clamp_(max=self.pages_per_row - 1))
+        self.table = self._table[: len(positions)] if rows is None else self._table[rows]
+        pages = self.table.gather(1, (positions // self.page_size).clamp_(max=self.pages_per_row - 1))
         if lengths is not None:
             pages = torch.where(positions < lengths[:, None], pages, TRASH_PAGE)
         self.write_index = (pages * self.page_size + positions % self.page_size).flatten()
@@ -154,8 +155,7 @@ class PagedCache(Cache):
         if self.dense and self.rows is None:
             window = slice(1, num_rows + 1), slice(0, self.num_slots)
             return layer.keys[window], layer.values[window]
-        table = self._table[:num_rows] if self.rows is None else self._table[self.rows]
-        pages = table[:, : -(-self.num_slots // self.page_size)]
+        pages = self.table[:, : -(-self.num_slots // self.page_size)]
         keys, values = (storage[pages].flatten(1, 2)[:, : self.num_slots] for storage in (layer.keys, layer.values))
         return keys, values
 

@@ -9,6 +9,7 @@ from trl_selfspec.kernels.attention import can_attend, write_and_attend
 from trl_selfspec.kernels.build import available
 from trl_selfspec.kernels.cpu import PreparedLinear, linear_int4
 from trl_selfspec.kernels.dispatch import linear, prepare_linear, torch_has_native_bf16
+from trl_selfspec.kernels.gpu import can_attend_on_gpu, write_and_attend_on_gpu
 from trl_selfspec.kernels.layer import DecoderWeights, PreparedDecoderLayer
 from trl_selfspec.kernels.norm import FastRMSNorm, fast_norm, rms_norm
 
@@ -20,6 +21,7 @@ __all__ = [
     "PreparedLinear",
     "available",
     "can_attend",
+    "can_attend_on_gpu",
     "fast_norm",
     "linear",
     "linear_int4",
@@ -27,4 +29,5 @@ __all__ = [
     "rms_norm",
     "torch_has_native_bf16",
     "write_and_attend",
+    "write_and_attend_on_gpu",
 ]
