@@ -11,6 +11,8 @@ import torch
 
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels then run in numpy
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -35,7 +35,8 @@ def _imports(tree: ast.AST, path: Path) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else ()
             base = ".".join([*above, *filter(None, [node.module])])
-            found += [f"{base}.{alias.name}" for alias in node.names] if base == PACKAGE.name else [base]
+            ours = base.split(".")[0] == PACKAGE.name
+            found += [f"{base}.{alias.name}" for alias in node.names] if ours else [base]
     return found
 
 

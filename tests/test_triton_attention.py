@@ -1,0 +1,307 @@
+"""The Triton attention kernel against its eager twin: on a GPU where there is one, else in Triton's interpreter."""
+
+import copy
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from trl_selfspec import kernels
+from trl_selfspec.attention import _eager_attention, selfspec_attention
+from trl_selfspec.cache import PagedCache
+from trl_selfspec.kernels import gpu
+
+
+pytest.importorskip("triton", reason="triton is not installed")
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU and tuple(map(int, pytest.importorskip("numpy").__version__.split(".")[:2])) >= (2, 4):
+    pytest.skip("Triton's interpreter needs numpy < 2.4", allow_module_level=True)
+
+FP16, FP32 = torch.float16, torch.float32
+BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)  # the interpreter multiplies its bits as integers
+# The interpreter's way to a loop's bounds.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+DEVICE = "cuda" if ON_GPU else "cpu"
+# Both sum in fp32, in different orders; the kernel rounds its weights to the dtype of the values, and both the result.
+TOLERANCE = {FP32: 2e-5, FP16: 2**-9, torch.bfloat16: 2**-6}
+
+
+@pytest.fixture(autouse=True)
+def _inference():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def triton_attention() -> ModuleType:
+    from trl_selfspec.kernels import triton_attention
+
+    return triton_attention
+
+
+class Case:
+    """A cache whose rows' pages lie scattered, every unused slot NaN, and a forward over it."""
+
+    def __init__(
+        self,
+        lengths: list[int],  # slots in use, the steps' own included
+        steps: int = 1,
+        heads: int = 2,
+        groups: int = 1,
+        dim: int = 64,
+        value_dim: int | None = None,
+        page_size: int = 16,
+        dtype: torch.dtype = FP32,
+        num_slots: int | None = None,
+        shared: int = 0,  # leading slots that rows share with row 0
+    ) -> None:
+        self.heads, self.groups, self.steps, self.dim = heads, groups, steps, dim
+        self.value_dim = value_dim or dim
+        self.num_slots = num_slots or max(lengths)
+        capacity = -(-self.num_slots // page_size) * page_size
+        self.cache = PagedCache(1, len(lengths), capacity, page_size=page_size, dtype=dtype, device=DEVICE)
+        layer = self.cache.pages_of[0]
+        layer.lazy_initialization(*(torch.zeros(1, heads, 1, size, device=DEVICE) for size in (dim, self.value_dim)))
+        for slot in range(page_size, capacity + page_size, page_size):  # rows take turns, so that pages interleave
+            for row in range(len(lengths)):
+                self.cache.reserve(row, min(slot, capacity))
+        if shared:
+            self.cache.rearrange(dict.fromkeys(range(1, len(lengths)), (0, shared)))
+            for row in range(1, len(lengths)):
+                self.cache.reserve(row, capacity)
+        layer.keys.fill_(float("nan"))
+        layer.values.fill_(float("nan"))
+        last = torch.tensor(lengths, device=DEVICE)[:, None] - 1
+        self.positions = last - torch.arange(steps - 1, -1, -1, device=DEVICE)
+        for row, length in enumerate(lengths):
+            pages = self.cache._table[row].repeat_interleave(page_size)[:length]
+            slots = torch.arange(length, device=DEVICE) % page_size
+            layer.keys[pages, slots] = self.randn(length, heads, dim).to(dtype)
+            layer.values[pages, slots] = self.randn(length, heads, self.value_dim).to(dtype)
+        self.layer, self.dtype = layer, dtype
+        self.query = self.states(heads * groups, dim)
+        self.cache.begin(self.positions, self.num_slots)
+
+    @staticmethod
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=DEVICE)
+
+    def states(self, heads: int, dim: int) -> Tensor:
+        """As transformers hands them over: (B, H, T, D) over (B, T, H, D) in memory."""
+        return self.randn(len(self.positions), self.steps, heads, dim).to(self.dtype).transpose(1, 2)
+
+    def kernel(self, rows: slice = slice(None), **kwargs) -> Tensor:
+        from trl_selfspec.kernels.triton_attention import attend
+
+        kwargs = {"num_slots": self.num_slots, "scale": self.dim**-0.5, **kwargs}
+        table, positions = self.cache.table[rows], self.positions[rows]
+        return attend(self.query[rows], self.layer.keys, self.layer.values, table, positions, **kwargs)
+
+    def twin(self, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
+        """Row by row over its own slots, so that NaN behind them stays out of 0 * NaN."""
+        out = []
+        for row, positions in enumerate(self.positions):
+            length = int(positions[-1]) + 1
+            start = max(0, int(positions[0]) - window + 1) if window else 0
+            states = (x.transpose(1, 2)[row : row + 1, :, start:length] for x in self.cache.keys_and_values(0))
+            bias = self.cache.bias(window, self.groups, FP32)[row : row + 1, :, :, start:length]
+            packed = self.query[row].reshape(1, self.heads, self.groups * self.steps, self.dim)
+            out.append(_eager_attention(packed, *states, bias, self.dim**-0.5, softcap, sinks, self.groups))
+        result = torch.cat(out).reshape(len(out), self.heads * self.groups, self.steps, self.value_dim)
+        return result.transpose(1, 2)
+
+
+def close(actual: Tensor, expected: Tensor) -> bool:
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    return bool(((actual - expected).abs() <= TOLERANCE[actual.dtype] * (1 + expected.abs())).all())
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
+@pytest.mark.parametrize(("steps", "groups"), [(1, 1), (1, 7), (2, 4), (5, 1), (5, 7), (17, 1), (17, 4)])
+@pytest.mark.parametrize("window", [None, 1, 20])
+def test_the_kernel_equals_its_twin(dtype: torch.dtype, steps: int, groups: int, window: int | None):
+    """Ragged rows, grouped heads, windows. Negative control: a window that is off by one is noticed."""
+    case = Case([steps, 37, 300], steps, groups=groups, dtype=dtype)
+    fast = case.kernel(window=window)
+    assert close(fast, case.twin(window))
+    assert window is None or not close(fast, case.twin(window + 1))
+    assert window is not None or not close(fast, case.twin(299))
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
+@pytest.mark.parametrize(("softcap", "with_sinks"), [(2.0, False), (None, True), (2.0, True)])
+@pytest.mark.parametrize("window", [None, 100])
+def test_soft_caps_and_sinks(dtype: torch.dtype, softcap: float | None, with_sinks: bool, window: int | None):
+    """A sink counts once per query, not once per split; it must not be capped."""
+    case = Case([600, 3, 290], 3, groups=4, dtype=dtype)
+    sinks = 4 + 2 * case.randn(8) if with_sinks else None
+    fast = case.kernel(softcap=softcap, sinks=sinks, window=window)
+    assert close(fast, case.twin(window, softcap, sinks))
+    assert not close(fast, case.twin(window, None, sinks if softcap else None))
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
+@pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (80, 80), (96, 64), (128, 128), (192, 128), (256, 256)])
+@pytest.mark.parametrize("page_size", [16, 64, 270])
+def test_head_and_page_sizes(dtype: torch.dtype, dim: int, value_dim: int, page_size: int):
+    """Sizes that are no powers of two are padded: the padding must reach neither scores nor the neighbouring head."""
+    case = Case([270, 65], 2, 3, 2, dim, value_dim, page_size, dtype)
+    assert close(case.kernel(), case.twin())
+    assert not close(case.kernel(scale=0.5), case.twin())
+
+
+@pytest.mark.parametrize("lengths", [[4200, 1], [256, 257, 255, 512, 513], [4096, 4097]])
+def test_many_splits(lengths: list[int]):
+    """More splits than are joined at a time, and lengths next to their borders."""
+    case = Case(lengths, groups=2, page_size=64)
+    case.layer.keys.mul_(3)  # maxima that differ from split to split
+    assert close(case.kernel(), case.twin())
+    assert close(case.kernel(window=270), case.twin(270))
+
+
+def test_a_combination_without_rescaling_is_noticed(monkeypatch: pytest.MonkeyPatch, triton_attention: ModuleType):
+    """Negative control: sums taken against different maxima cannot be added as they are."""
+    case = Case([600, 700], page_size=64)
+    case.layer.keys.mul_(3)
+    assert close(case.kernel(), case.twin())
+
+    class Unscaled:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            def launch(sums: Tensor, statistics: Tensor, *args: object) -> None:
+                statistics[..., 0] = 0.0
+                combine[grid](sums, statistics, *args)
+
+            return launch
+
+    combine = triton_attention._combine
+    monkeypatch.setattr(triton_attention, "_combine", Unscaled())
+    assert not close(case.kernel(), case.twin())
+
+
+def test_rows_share_pages():
+    """Samples of a prompt read its pages from one place."""
+    case = Case([200, 250, 180], 2, groups=7, shared=128)
+    table = case.cache.table
+    assert torch.equal(table[0, :8], table[1, :8]) and not torch.equal(table[0, 8:], table[1, 8:])
+    assert close(case.kernel(), case.twin())
+
+
+def test_unused_slots_may_hold_anything():
+    """Rejected drafts and former owners leave values behind, NaN among them; 0 * NaN would spread it."""
+    case = Case([41, 300, 1], 1, groups=4)
+    assert case.layer.values.isnan().any() and case.kernel().isfinite().all()
+    case.layer.values[case.cache.table[1, :5]] = float("nan")  # slots 0 .. 79, of which a window of 220 sees none
+    assert case.kernel(window=220).isfinite().all()
+    assert not case.kernel(window=221)[1].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
+def test_rows_do_not_see_their_neighbours(dtype: torch.dtype):
+    """Bitwise, whatever the batch and the longest row: splits lie at the same slots everywhere."""
+    case = Case([5, 700, 256, 4300], 2, groups=2, dtype=dtype, page_size=64)
+    together = case.kernel(window=4200)
+    for row, length in enumerate([5, 700, 256, 4300]):
+        assert torch.equal(case.kernel(slice(row, row + 1), num_slots=length, window=4200)[0], together[row])
+
+
+def test_positions_behind_the_last_slot_see_what_there_is():
+    """Steps behind a row's capacity are dropped later; until then they must not read splits that nobody wrote."""
+    case = Case([256, 256], 3, page_size=64)
+    expected = case.kernel()
+    case.positions[:, 2] += 600
+    actual = case.kernel()
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize("extras", [{}, {"softcap": 3.0}, {"s_aux": True}])
+@pytest.mark.parametrize("picked", [False, True])
+@pytest.mark.parametrize("query_dtype", [FP32, FP16])
+def test_the_attention_function_gives_the_same_either_way(
+    monkeypatch: pytest.MonkeyPatch,
+    window: int | None,
+    extras: dict[str, float | bool],
+    picked: bool,
+    query_dtype: torch.dtype,
+):
+    """Through `selfspec_attention`: the same result as SDPA's, and the same keys and values left behind."""
+    case = Case([100, 90, 33], 2, groups=2, dtype=FP16)
+    case.layer.keys.nan_to_num_()  # SDPA over gathered pages spreads NaN
+    case.layer.values.nan_to_num_()
+    rows = torch.tensor([2, 0, 1], device=DEVICE) if picked else None
+    key, value = case.states(2, 64), case.states(2, 64)
+    kwargs = dict(extras, s_aux=case.randn(4)) if "s_aux" in extras else extras
+    calls = 0
+
+    def attend_on_gpu(*args) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return write_and_attend(*args)
+
+    def forward(on_gpu: bool) -> tuple[Tensor, Tensor, Tensor]:
+        cache = copy.deepcopy(case.cache)
+        monkeypatch.setattr(kernels, "can_attend_on_gpu", lambda *states: on_gpu)
+        cache.begin(case.positions, case.num_slots, rows)
+        module = SimpleNamespace(paged_cache=cache, layer_idx=0)
+        query = case.query.to(query_dtype)
+        out, _ = selfspec_attention(module, query, key, value, None, sliding_window=window, **kwargs)  # type: ignore[arg-type]
+        return out, cache.pages_of[0].keys, cache.pages_of[0].values
+
+    write_and_attend = kernels.write_and_attend_on_gpu
+    monkeypatch.setattr(kernels, "write_and_attend_on_gpu", attend_on_gpu)
+    (out, *storage), (expected, *expected_storage) = forward(True), forward(False)
+    assert calls == 1 and close(out, expected)
+    assert all(torch.equal(*pair) for pair in zip(storage, expected_storage, strict=True))
+
+
+def test_new_states_reach_their_slots_only(triton_attention: ModuleType):
+    """Of any dtype, and heads that are no power of two."""
+    keys, values = torch.zeros(3, 4, 3, 80, device=DEVICE), torch.zeros(3, 4, 3, 16, device=DEVICE)
+    key, value = (torch.randn(2, 2, 3, size, device=DEVICE).to(FP16).transpose(1, 2) for size in (80, 16))
+    index = torch.tensor([5, 6, 3, 11], device=DEVICE)
+    triton_attention.write(key, value, keys, values, index)
+    for states, storage in ((key, keys), (value, values)):
+        expected = torch.zeros_like(storage)
+        expected.flatten(0, 1)[index] = states.transpose(1, 2).reshape(4, 3, -1).float()
+        assert torch.equal(storage, expected)
+
+
+def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch):
+    """Tensors that only pretend to be on a GPU suffice for the question."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(gpu, "_runs_triton", lambda device: True)
+
+    def takes(steps: int = 1, dim: int = 64, value_dim: int = 64, dtype: torch.dtype = FP16, on: str = "cuda") -> bool:
+        query = torch.empty(1, 4, steps, dim, device=on)
+        keys, values = (torch.empty(3, 16, 2, size, dtype=dtype, device=on) for size in (dim, value_dim))
+        return kernels.can_attend_on_gpu(query, keys, values)
+
+    with FakeTensorMode():
+        assert takes() and takes(17) and takes(dim=256, value_dim=80) and takes(dtype=torch.bfloat16)
+        assert not takes(on="cpu") and not takes(18) and not takes(dtype=torch.float64)
+        assert not takes(dim=257) and not takes(value_dim=512)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP16, FP32])
+def test_a_cuda_graph_replays_the_kernel(dtype: torch.dtype):
+    """A host sync or an allocation that depends on data would fail the capture; stale positions, the replay."""
+    case = Case([300, 40], 3, groups=4, dtype=dtype, num_slots=512)
+    case.kernel()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = case.kernel()
+    case.positions -= 20
+    graph.replay()
+    case.cache.begin(case.positions, 512)
+    assert close(out, case.twin())
+
+
+@pytest.mark.gpu
+def test_a_gpu_takes_the_kernel(monkeypatch: pytest.MonkeyPatch):
+    """Triton comes with torch for CUDA, so the predicate itself must say yes."""
+    case = Case([70, 20], 1, dtype=torch.bfloat16)
+    assert kernels.can_attend_on_gpu(case.query, case.layer.keys, case.layer.values)
