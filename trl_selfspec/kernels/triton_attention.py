@@ -154,7 +154,7 @@ def write(
     key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (key, value))
     assert keys.is_contiguous() and values.is_contiguous() and write_index.is_contiguous()
     with torch.cuda.device_of(keys):
-        _write_slot[(num_rows * num_steps,)](
+        _write_slot[(num_rows * num_steps,)](  # pyright: ignore[reportIndexIssue]
             key, value, keys, values, write_index, num_steps, *key.stride()[:3], *value.stride()[:3],
             num_heads, dim, value_dim, *map(triton.next_power_of_2, (num_heads, dim, value_dim)),
         )  # fmt: skip
@@ -207,13 +207,13 @@ def attend(
     out = query.new_empty((num_rows, num_steps, num_heads, value_dim))
     scale, cap = (scale * LOG2E.value, 0.0) if softcap is None else (scale / softcap, softcap * LOG2E.value)
     with torch.cuda.device_of(keys):
-        _attend_split[grid](
+        _attend_split[grid](  # pyright: ignore[reportIndexIssue]
             query, keys, values, table, positions, sums, statistics, *query.stride()[:3], table.stride(0),
             num_steps, groups, num_slots, window, scale, cap,
             num_kv_heads, dim, value_dim, page_size, softcap is not None, tile, block, dims, value_dims,
             SPLIT, num_warps=num_warps(tile, value_dims),
         )  # fmt: skip
-        _combine[(num_rows * num_steps, num_heads)](
+        _combine[(num_rows * num_steps, num_heads)](  # pyright: ignore[reportIndexIssue]
             sums, statistics, positions, sums if sinks is None else sinks, out, num_steps, num_slots, window,
             sinks is not None, value_dim, value_dims, SPLIT, COMBINED,
         )  # fmt: skip
