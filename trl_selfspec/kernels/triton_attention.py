@@ -18,6 +18,7 @@ from torch import Tensor
 
 SPLIT = 256  # slots per program: enough programs for a few rows, while partial sums stay small against keys and values
 COMBINED = 16  # splits joined at a time
+NO_WINDOW = 2**31 - 1
 LOG2E = tl.constexpr(math.log2(math.e))  # exp2 is what the hardware has
 LOWEST = tl.constexpr(-1e30)  # a maximum of nothing that can be subtracted from -inf, and from itself
 
@@ -199,7 +200,7 @@ def attend(
     assert keys.is_contiguous() and values.is_contiguous() and query.dtype is keys.dtype is values.dtype
     tile, block, dims, value_dims = tiling(groups * num_steps, dim, value_dim, keys.itemsize)
     num_splits = triton.cdiv(num_slots, SPLIT)
-    window = num_slots if window is None else window
+    window = NO_WINDOW if window is None else window
     grid = num_rows, num_kv_heads * triton.cdiv(groups * num_steps, tile), num_splits
     places = num_rows, num_heads, num_steps, num_splits
     sums = query.new_empty((*places, value_dim), dtype=torch.float32)
