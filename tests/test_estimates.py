@@ -1,5 +1,9 @@
 """Costs of measured and unmeasured sizes from noisy measurements."""
 
+import pytest
+from simulated_machine import Machine, gpu, share_of_gpu
+
+from trl_selfspec.controller import Controller
 from trl_selfspec.estimates import WINDOW, Acceptance, CostCurve, bucket
 
 
@@ -66,3 +70,21 @@ def test_recent_acceptance_follows_the_rows_that_are_left() -> None:
                 acceptance.add([accepted], [rows])
     assert recent.alpha < 0.25
     assert lasting.alpha > 0.9  # negative control: counts without the cut
+
+
+@pytest.mark.parametrize("measures_again", [True, False])
+def test_a_bad_moment_does_not_rule_a_draft_length_out(monkeypatch: pytest.MonkeyPatch, measures_again: bool) -> None:
+    """The only measurements of the best length fell into a stall. Negative control: nothing else corrects them."""
+    if not measures_again:
+        monkeypatch.setattr(CostCurve, "is_settled", lambda self, n: True)
+    draft = share_of_gpu(0.3)
+    machine, controller = Machine(gpu, draft, lambda rows, i: float(i < 4), noise=0.0), Controller(4)
+    best, other = 4, 2
+    controller._candidates = range(other, best + 1, other)  # two lengths to choose from
+    machine.rounds(1, controller, 5)
+    for gamma, stall, rounds in ((other, 1, 20), (best, 3, 2)):
+        for _ in range(rounds):
+            verify_s, counts = stall * gpu(1, gamma + 1), [1] * gamma
+            controller.observe_speculative(1, gamma, gamma * draft(1), verify_s, counts, counts)
+    machine.rounds(1, controller, 3000)
+    assert machine.best(1) == best and (machine.choices[-1] == best) == measures_again
