@@ -9,7 +9,7 @@ from tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, Schedule, ragged_prompts, sc
 from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec.engine import Progress, SelfSpecEngine
-from trl_selfspec.kernels import build
+from trl_selfspec.kernels.cpu import build
 from trl_selfspec.options import SelfSpecOptions
 
 

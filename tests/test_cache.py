@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from trl_selfspec.attention import bind_cache, selfspec_attention
 from trl_selfspec.cache import TRASH_PAGE, PagedCache
-from trl_selfspec.kernels import build
+from trl_selfspec.kernels.cpu import build
 
 
 ROWS, CAPACITY, LAYERS, HEADS, HEAD_DIM = 4, 13, 2, 2, 3

@@ -13,7 +13,8 @@ from trl_selfspec import rounds
 from trl_selfspec.engine import RolloutOutput, SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.rejection import Verdict
-from trl_selfspec.rounds import CoupledVerification, RoundRunner
+from trl_selfspec.rounds import RoundRunner
+from trl_selfspec.verification import CoupledVerification
 
 
 PROMPTS = ragged_prompts([1, 20, 2, 5, 9, 14, 1, 9, 3, 3, 11, 6])

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trl_selfspec import kernels
-from trl_selfspec.kernels import build, cpu, dispatch, int4
+from trl_selfspec.kernels import dispatch, int4
+from trl_selfspec.kernels.cpu import build
+from trl_selfspec.kernels.cpu import linear as cpu
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -196,7 +198,7 @@ class Spy:
 def test_the_kernel_runs_only_where_torch_is_slow(monkeypatch, native: bool):
     """Proves that the fast path is taken, and left to torch with bf16 instructions, many fp32 rows, other dtypes."""
     spy = Spy(cpu.linear_dense)
-    monkeypatch.setattr(cpu, "linear_dense", spy)
+    monkeypatch.setattr(dispatch, "linear_dense", spy)
     monkeypatch.setattr(dispatch, "torch_has_native_bf16", lambda: native)
     x, w, bias = torch.randn(5, 64), torch.randn(16, 64), torch.randn(16)
     y = kernels.linear(x.to(BF16), w.to(BF16), bias.to(BF16))

@@ -11,7 +11,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec import kernels, mirror
 from trl_selfspec.engine import SelfSpecEngine
-from trl_selfspec.kernels import build, dispatch
+from trl_selfspec.kernels import dispatch
+from trl_selfspec.kernels.cpu import build
 from trl_selfspec.mirror import UnsupportedModelError
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.quantize import QuantizedLinear

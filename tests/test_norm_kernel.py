@@ -9,7 +9,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from trl_selfspec import kernels
-from trl_selfspec.kernels import norm as norm_module
+from trl_selfspec.kernels.cpu import norm as norm_module
 
 
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -19,8 +19,9 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from trl_selfspec import rejection, rounds
 from trl_selfspec.engine import RolloutOutput, SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.rounds import RejectionVerification, RoundRunner
+from trl_selfspec.rounds import RoundRunner
 from trl_selfspec.sampling import Purpose, sample_inverse_cdf, uniform
+from trl_selfspec.verification import RejectionVerification
 
 
 VOCAB = 8

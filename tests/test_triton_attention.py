@@ -11,7 +11,7 @@ from torch import Tensor
 from trl_selfspec import kernels
 from trl_selfspec.attention import _eager_attention, selfspec_attention
 from trl_selfspec.cache import PagedCache
-from trl_selfspec.kernels import gpu
+from trl_selfspec.kernels import attention as attention_choice
 
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -36,7 +36,7 @@ def _inference():
 
 @pytest.fixture
 def triton_attention() -> ModuleType:
-    from trl_selfspec.kernels import triton_attention
+    from trl_selfspec.kernels.cuda import attention as triton_attention
 
     return triton_attention
 
@@ -93,7 +93,7 @@ class Case:
         return self.randn(len(self.positions), self.steps, heads, dim).to(self.dtype).transpose(1, 2)
 
     def kernel(self, rows: slice = slice(None), **kwargs) -> Tensor:
-        from trl_selfspec.kernels.triton_attention import attend
+        from trl_selfspec.kernels.cuda.attention import attend
 
         kwargs = {"num_slots": self.num_slots, "scale": self.dim**-0.5, **kwargs}
         table, positions = self.cache.table[rows], self.positions[rows]
@@ -272,7 +272,7 @@ def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch):
     """Tensors that only pretend to be on a GPU suffice for the question."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    monkeypatch.setattr(gpu, "_runs_triton", lambda device: True)
+    monkeypatch.setattr(attention_choice, "runs_triton", lambda device: True)
 
     def takes(steps: int = 1, dim: int = 64, value_dim: int = 64, dtype: torch.dtype = FP16, on: str = "cuda") -> bool:
         query = torch.empty(1, 4, steps, dim, device=on)

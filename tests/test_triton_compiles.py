@@ -13,8 +13,8 @@ PROGRAM = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from trl_selfspec.kernels.triton_attention import SPLIT, COMBINED, _attend_split, _combine, _write_slot, num_warps
-from trl_selfspec.kernels.triton_attention import tiling
+from trl_selfspec.kernels.cuda.attention import SPLIT, COMBINED, _attend_split, _combine, _write_slot, num_warps
+from trl_selfspec.kernels.cuda.attention import tiling
 
 def compiled(kernel, pointers, constants, floats=(), **options):
     names = kernel.arg_names

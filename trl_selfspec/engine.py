@@ -27,18 +27,12 @@ from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.quantize import resolve_qtype
 from trl_selfspec.requests import make_requests
 from trl_selfspec.rollout import Progress, Rollout
-from trl_selfspec.rounds import (
-    CoupledVerification,
-    GreedyVerification,
-    RejectionVerification,
-    RoundRunner,
-    RowState,
-    Verification,
-)
+from trl_selfspec.rounds import RoundRunner, RowState
 from trl_selfspec.scheduler import Request, Scheduler
 from trl_selfspec.selfcheck import self_check
 from trl_selfspec.stats import RolloutStats
 from trl_selfspec.timing import Clock
+from trl_selfspec.verification import CoupledVerification, GreedyVerification, RejectionVerification, Verification
 
 
 __all__ = ["Progress", "RolloutOutput", "SelfSpecEngine", "UnsupportedModelError"]

@@ -13,9 +13,9 @@ from bench.workload import Workload
 from trl_selfspec.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.rejection import Verdict
-from trl_selfspec.rounds import RejectionVerification
 from trl_selfspec.sampling import Purpose, uniform
 from trl_selfspec.stats import RolloutStats
+from trl_selfspec.verification import RejectionVerification
 
 
 ENGINES = ("stock", "continuous", "plain", "selfspec")

@@ -5,13 +5,13 @@ and decoder layers of them.
 layer has its checks behind it. Measured times are in docs/LOG.md; `cpu.c` is compiled on first use by `build`.
 """
 
-from trl_selfspec.kernels.attention import can_attend, write_and_attend
-from trl_selfspec.kernels.build import available
-from trl_selfspec.kernels.cpu import PreparedLinear, linear_int4
+from trl_selfspec.kernels.attention import can_attend_on_gpu, write_and_attend_on_gpu
+from trl_selfspec.kernels.cpu.attention import can_attend, write_and_attend
+from trl_selfspec.kernels.cpu.build import available
+from trl_selfspec.kernels.cpu.layer import DecoderWeights, PreparedDecoderLayer
+from trl_selfspec.kernels.cpu.linear import PreparedLinear, linear_int4
+from trl_selfspec.kernels.cpu.norm import FastRMSNorm, fast_norm, rms_norm
 from trl_selfspec.kernels.dispatch import linear, prepare_linear, torch_has_native_bf16
-from trl_selfspec.kernels.gpu import can_attend_on_gpu, write_and_attend_on_gpu
-from trl_selfspec.kernels.layer import DecoderWeights, PreparedDecoderLayer
-from trl_selfspec.kernels.norm import FastRMSNorm, fast_norm, rms_norm
 
 
 __all__ = [

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trl_selfspec.kernels import build, cpu
+from trl_selfspec.kernels.cpu import build
+from trl_selfspec.kernels.cpu.linear import DTYPES, PreparedLinear, linear_dense
 
 
 FEW_ROWS = 32  # of fp32, for which MKL takes up to three times as long (measured, docs/LOG.md 2026-11-21)
@@ -29,7 +30,7 @@ def linear(
     and fp32 with few rows.
     """
     ours = _is_ours(weight) and x.dtype is weight.dtype and _few_enough(x)
-    return cpu.linear_dense(x, weight, bias) if ours else F.linear(x, weight, bias)
+    return linear_dense(x, weight, bias) if ours else F.linear(x, weight, bias)
 
 
 def prepare_linear(
@@ -42,10 +43,10 @@ def prepare_linear(
     """
     if not _is_ours(weight):
         return lambda x: F.linear(x, weight, bias)
-    return (cpu.PreparedLinear if weight.dtype is torch.bfloat16 else FewRowsLinear)(weight, bias=bias)
+    return (PreparedLinear if weight.dtype is torch.bfloat16 else FewRowsLinear)(weight, bias=bias)
 
 
-class FewRowsLinear(cpu.PreparedLinear):
+class FewRowsLinear(PreparedLinear):
     """A prepared fp32 layer, which leaves many rows to torch."""
 
     __slots__ = ()
@@ -55,7 +56,7 @@ class FewRowsLinear(cpu.PreparedLinear):
 
 
 def _is_ours(weight: Tensor) -> bool:
-    if not weight.is_cpu or weight.dtype not in cpu.DTYPES or not build.available():
+    if not weight.is_cpu or weight.dtype not in DTYPES or not build.available():
         return False
     return weight.dtype is torch.float32 or not torch_has_native_bf16()
 

@@ -1,52 +1,17 @@
-"""Decode attention on CUDA in the same call that writes the new states; triton is imported when it first runs."""
+"""Which GPUs our kernels run on."""
 
 import functools
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
 
 
-MAX_STEPS = 17  # a token and a draft of 16
-MAX_DIM = 256
 AMPERE = (8, 0)  # the first with bf16
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def can_attend_on_gpu(
-    query: Tensor,  # (B, H, T, D)
-    keys: Tensor,  # (pages, page_size, K, D)
-    values: Tensor,  # (pages, page_size, K, Dv)
-) -> bool:
-    """Whether `write_and_attend_on_gpu` takes these."""
-    if not query.is_cuda or query.shape[2] > MAX_STEPS or max(keys.shape[3], values.shape[3]) > MAX_DIM:
-        return False
-    return keys.dtype in DTYPES and _runs_triton(query.device)
-
-
-def write_and_attend_on_gpu(
-    query: Tensor,  # (B, H, T, D)
-    key: Tensor,  # (B, K, T, D): the states to write
-    value: Tensor,  # (B, K, T, Dv)
-    keys: Tensor,  # (pages, page_size, K, D) bf16, fp16 or fp32
-    values: Tensor,  # (pages, page_size, K, Dv), dtype of `keys`
-    table: Tensor,  # (B, pages_per_row) int64: slot s of row b lies in page table[b, s // page_size]
-    positions: Tensor,  # (B, T) int64
-    write_index: Tensor,  # (B * T,) int64: page * page_size + slot
-    num_slots: int,  # no query sees a slot from here on
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,  # (H,): one logit per head that takes probability and gives no value
-) -> Tensor:  # (B, T, H, Dv), dtype of `keys`
-    """Writes the states, then attends: a query at position p sees slots max(0, p - window + 1)..p of its row."""
-    from trl_selfspec.kernels import triton_attention
-
-    triton_attention.write(key, value, keys, values, write_index)
-    query = query.to(keys.dtype)
-    return triton_attention.attend(query, keys, values, table, positions, num_slots, scale, window, softcap, sinks)
 
 
 @functools.cache
-def _runs_triton(device: torch.device) -> bool:
-    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= AMPERE
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton is installed and `device` is a GPU that its kernels here are written for."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= AMPERE

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from trl_selfspec.kernels.build import available, functions
-from trl_selfspec.kernels.cpu import DTYPES
+from trl_selfspec.kernels.cpu.build import available, functions
+from trl_selfspec.kernels.cpu.linear import DTYPES
 
 
 LANES = 8

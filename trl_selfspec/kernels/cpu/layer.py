@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trl_selfspec.kernels.build import functions
-from trl_selfspec.kernels.cpu import DTYPES, PreparedLinear
-from trl_selfspec.kernels.norm import FastRMSNorm
+from trl_selfspec.kernels.cpu.build import functions
+from trl_selfspec.kernels.cpu.linear import DTYPES, PreparedLinear
+from trl_selfspec.kernels.cpu.norm import FastRMSNorm
 
 
 LANES = 16  # halves of a head, and features per thread, are whole vectors

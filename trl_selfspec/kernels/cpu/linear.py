@@ -9,7 +9,7 @@ import struct
 import torch
 from torch import Tensor
 
-from trl_selfspec.kernels.build import functions
+from trl_selfspec.kernels.cpu.build import functions
 
 
 GROUP_SIZES = (32, 64, 96, 128)

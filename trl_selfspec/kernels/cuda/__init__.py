@@ -1,0 +1,1 @@
+"""Triton kernels for NVIDIA GPUs. These modules import triton: import them only inside functions."""
