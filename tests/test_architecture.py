@@ -14,7 +14,7 @@ FLOORS = tuple(
     for names in (
         "sampling rejection stats estimates controller options timing scheduler",
         "quantize kernels verification",
-        "law sharding adapters cache kept attention layers mirror drafter forms rounds memory requests rollout "
+        "law sharding adapters cache kept attention layers mirror drafter forms graphs rounds memory requests rollout "
         "selfcheck engine generation",
         "config reporting following checkpointing mixin trainer model_card",
     )

@@ -9,7 +9,7 @@ from tiny_models import Schedule, ragged_prompts, spoil, tiny_model
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from trl_selfspec import rounds
+from trl_selfspec import verification
 from trl_selfspec.engine import RolloutOutput, SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.rejection import Verdict
@@ -126,7 +126,7 @@ def drafts_that_stand(monkeypatch: pytest.MonkeyPatch) -> None:
     def verify(drafts: Tensor, tokens: Tensor) -> Verdict:
         return Verdict(torch.full((len(drafts),), drafts.shape[1]), torch.cat([drafts, tokens[:, -1:]], 1))
 
-    monkeypatch.setattr(rounds, "verify_coupled", verify)
+    monkeypatch.setattr(verification, "verify_coupled", verify)
 
 
 def one_history_for_all_positions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,12 +8,12 @@ import torch
 from tiny_models import FAMILIES, Schedule, force_page_size, ragged_prompts, spoil, tiny_model
 from transformers import GenerationConfig, PreTrainedModel
 
-from trl_selfspec import rounds
+from trl_selfspec import verification
 from trl_selfspec.cache import PagedCache
 from trl_selfspec.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.rejection import Verdict
-from trl_selfspec.rounds import RoundResult, RoundRunner
+from trl_selfspec.rounds import PendingRound, RoundResult, RoundRunner
 
 
 LENGTHS = [1, 20, 2, 5, 9, 14, 1, 9] * 4
@@ -61,13 +61,13 @@ def llama() -> PreTrainedModel:
 def speculative_rounds(monkeypatch: pytest.MonkeyPatch) -> list[RoundResult]:
     """Collects the result of every speculative round."""
     results: list[RoundResult] = []
-    speculative = RoundRunner.speculative
+    result = PendingRound.result
 
-    def recorded(*args: int) -> RoundResult:
-        results.append(speculative(*args))  # type: ignore[arg-type]
-        return results[-1]
+    def recorded(pending: PendingRound) -> RoundResult:
+        (results if pending.gamma else []).append(result(pending))
+        return result(pending)
 
-    monkeypatch.setattr(RoundRunner, "speculative", recorded)
+    monkeypatch.setattr(PendingRound, "result", recorded)
     return results
 
 
@@ -223,7 +223,7 @@ def accept_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     def verify(drafts: torch.Tensor, tokens: torch.Tensor) -> Verdict:
         return Verdict(torch.full((len(drafts),), drafts.shape[1]), torch.cat([drafts, tokens[:, -1:]], 1))
 
-    monkeypatch.setattr(rounds, "verify_coupled", verify)
+    monkeypatch.setattr(verification, "verify_coupled", verify)
 
 
 def accept_one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +231,7 @@ def accept_one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
         accepted = (drafts == tokens[:, :-1]).long().cumprod(1).sum(1)
         return Verdict((accepted + 1).clamp(max=drafts.shape[1]), tokens)
 
-    monkeypatch.setattr(rounds, "verify_coupled", verify)
+    monkeypatch.setattr(verification, "verify_coupled", verify)
 
 
 def show_one_slot_too_many(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,6 +189,14 @@ class PagedCache(Cache):
         if missing > 0:
             self._sync_table([row])
 
+    def park(self, first: int) -> None:
+        """Until they hold pages again, rows from `first` on write to the trash page; what they keep stays untouched.
+
+        Only where rows have pages: rounds over dense rows stop at the last active one.
+        """
+        if not self.dense:
+            self._table[first:] = TRASH_PAGE
+
     def rearrange(self, sources: Mapping[int, tuple[int, int]]) -> None:
         """Row t becomes a copy of the first n slots of row s, for all `{t: (s, n)}` at once; what t held is released.
 

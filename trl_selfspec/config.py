@@ -57,7 +57,8 @@ class SelfSpecConfigMixin:
             Number of sequences decoded at once; further prompts wait and are admitted as others finish. If `None`, it
             follows from the free memory.
         selfspec_cuda_graphs (`bool` or `str`, *optional*, defaults to `"auto"`):
-            Whether to capture rounds in CUDA graphs.
+            Whether to capture rounds in CUDA graphs. `"auto"` runs eagerly what can't be captured, after one warning;
+            `True` raises there, and without a GPU.
         selfspec_quantize_lm_head (`bool`, *optional*, defaults to `True`):
             Whether to quantize the drafter's output head too.
     """

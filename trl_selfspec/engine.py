@@ -19,6 +19,7 @@ from trl_selfspec.cache import PagedCache
 from trl_selfspec.controller import Controller
 from trl_selfspec.drafter import drafter_bytes, has_live_adapters, make_drafter, requantize
 from trl_selfspec.forms import measured_choice
+from trl_selfspec.graphs import CudaCapture, GraphPool
 from trl_selfspec.kept import KeptRows
 from trl_selfspec.law import SamplingLaw, effective_generation_config
 from trl_selfspec.memory import affordable_rows
@@ -31,14 +32,14 @@ from trl_selfspec.rounds import RoundRunner, RowState
 from trl_selfspec.scheduler import Request, Scheduler
 from trl_selfspec.selfcheck import self_check
 from trl_selfspec.stats import RolloutStats
-from trl_selfspec.timing import Clock
 from trl_selfspec.verification import CoupledVerification, GreedyVerification, RejectionVerification, Verification
 
 
 __all__ = ["Progress", "RolloutOutput", "SelfSpecEngine", "UnsupportedModelError"]
 
 GPU_PAGE_SIZE = 64
-VERIFICATIONS: dict[str, Callable[[torch.Tensor], Verification]] = {
+GPU_CAPACITY_STEP = 1024  # positions: a cache that grew with every longer prompt would cost its graphs each time
+VERIFICATIONS: dict[str, Callable[[torch.Tensor, int], Verification]] = {
     "rejection": RejectionVerification,
     "coupled": CoupledVerification,
 }
@@ -105,6 +106,10 @@ class SelfSpecEngine:
         self._drafter_version, self._wanted_version = 0, self._mirror.version
         self._refresh_s = 0.0
         self._kept: KeptRows | None = None  # None: no cache is allocated
+        self._state: RowState | None = None  # as long as the cache
+        self._seed = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._sampling: Verification | None = None
+        self._graphs = self._graph_pool()
 
     @property
     def model(self) -> PreTrainedModel:
@@ -125,7 +130,8 @@ class SelfSpecEngine:
                 draft, so that a rollout that never speculates never pays for it.
         """
         start = time.perf_counter()
-        self._mirror.refresh()
+        if self._mirror.refresh():
+            self._graphs.clear()
         if self._kept is not None:
             self._kept.forget()
         if draft:
@@ -186,7 +192,8 @@ class SelfSpecEngine:
 
     def release(self) -> None:
         """Frees the keys and values, those kept for later turns included; the next rollout allocates anew."""
-        self._kept = None
+        self._kept = self._state = self._sampling = None
+        self._graphs.clear()
         for tree in (self._mirror.model, self._drafter):
             if tree is not None:
                 bind_cache(tree, None)
@@ -227,6 +234,8 @@ class SelfSpecEngine:
         keep: bool,
     ) -> Rollout:
         capacity = max(request.limit for request in requests) + self.options.longest_draft + 1
+        if self.device.type != "cpu":
+            capacity = -(-capacity // GPU_CAPACITY_STEP) * GPU_CAPACITY_STEP
         held_bytes = 0 if self._kept is None else self._kept.cache.nbytes
         max_rows = self.options.max_batch_size or affordable_rows(
             self._text_config, self._dtype, capacity, self.device, held_bytes
@@ -236,18 +245,22 @@ class SelfSpecEngine:
         cache = kept.cache
         # Rows may be fewer than requests: those with a history go first, before the others need its place.
         requests.sort(key=lambda request: -kept.longest_prefix(request.prompt)[1])
-        verification = (
-            GreedyVerification() if law.greedy else self._verification(torch.tensor(seed, device=self.device))
-        )
+        assert self._state is not None
+        self._state.park(0)
+        cache.park(0)
+        self._seed.fill_(seed)
+        self._graphs.begin_rollout(law, self._state.max_rows, cache.row_capacity)
+        if self._sampling is None:
+            self._sampling = self._verification(self._seed)
         runner = RoundRunner(
             target=self._mirror.model,
             drafter=None,
             cache=cache,
-            state=RowState(max_rows, capacity, self.device),
+            state=self._state,
             law=law,
-            verification=verification,
+            verification=GreedyVerification() if law.greedy else self._sampling,
             max_position=None if self._context_length is None else self._context_length - 1,
-            clock=Clock(self.device),
+            graphs=self._graphs,
             prefill_kwargs=self._prefill_kwargs(),
         )
 
@@ -264,7 +277,17 @@ class SelfSpecEngine:
         return Rollout(runner, scheduler, kept, self.controller, prepare_drafter, current, keep, on_round)
 
     def _verification(self, seed: torch.Tensor) -> Verification:
-        return VERIFICATIONS[self.options.verification](seed)
+        return VERIFICATIONS[self.options.verification](seed, self.options.longest_draft)
+
+    def _graph_pool(self) -> GraphPool:
+        choice = self.options.cuda_graphs
+        if self.device.type != "cuda":
+            if choice is True:
+                raise ValueError(
+                    f'`cuda_graphs=True` needs a model on a CUDA device, and this one is on {self.device}; use "auto".'
+                )
+            return GraphPool()
+        return GraphPool(CudaCapture(self.device), required=choice is True) if choice else GraphPool()
 
     def _allocate(self, max_rows: int, capacity: int, requests: list[Request]) -> KeptRows:
         """A cache of at least this size, with what these requests can use of the rows kept so far."""
@@ -276,6 +299,8 @@ class SelfSpecEngine:
             cache = PagedCache(self._mirror.num_layers, max_rows, capacity, page_size, kv_dtype, self.device)
             prompts = (request.prompt for request in requests)
             self._kept = kept = KeptRows(cache) if kept is None else kept.move_to(cache, prompts)
+            self._state = RowState(cache.max_rows, cache.row_capacity, self.device)
+            self._graphs.clear()
         bind_cache(self._mirror.model, kept.cache)
         return kept
 
@@ -285,6 +310,7 @@ class SelfSpecEngine:
             live = self._form.live(current=self.draft_form == "live")
             if self.draft_form != ("live" if live else "merged"):
                 self._drafter = None  # freed before another takes its place
+                self._graphs.clear()
                 self._drafter = make_drafter(self._mirror, self.draft_qtype, self.options.quantize_lm_head, live)
             assert self._drafter is not None
             requantize(self._drafter, self._mirror)

@@ -7,7 +7,8 @@ What cannot be honoured exactly is refused by name; nothing is dropped. Drawing 
 """
 
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,8 @@ _READS_PREFIX_AND_PROMPT = {
     hf.ExponentialDecayLengthPenalty,
     hf.SuppressTokensAtBeginLogitsProcessor,
 }
+
+_SYNCS = {hf.TopHLogitsWarper, hf.EtaLogitsWarper}
 
 Processor = Callable[[Any, Tensor], Tensor]
 
@@ -247,6 +250,19 @@ class _Factory:
         )
 
 
+def _value(thing: Any) -> Hashable:
+    """What a processor consists of, to be compared."""
+    if isinstance(thing, Tensor):
+        return tuple(thing.shape), tuple(thing.flatten().tolist())
+    if isinstance(thing, dict):
+        return tuple((key, _value(value)) for key, value in thing.items())
+    if isinstance(thing, list | tuple):
+        return tuple(map(_value, thing))
+    if hasattr(thing, "__dict__"):
+        return type(thing), _value(vars(thing))
+    return thing
+
+
 class SamplingLaw:
     """What `generate` does to logits before a token is drawn, for many positions at once.
 
@@ -296,6 +312,19 @@ class SamplingLaw:
             temperature=1.0 if generation_config.temperature is None else float(generation_config.temperature),
             eos_token_ids=() if eos is None else tuple(eos.tolist()),
         )
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether `process` waits for the device: see there."""
+        return any(
+            isinstance(step, _RowByRow) or (isinstance(step, _Flat) and type(step.processor) in _SYNCS)
+            for step in self._steps
+        )
+
+    @functools.cached_property
+    def signature(self) -> Hashable:
+        """Equal for laws that do the same to logits; for laws that don't need the host."""
+        return self.greedy, self.temperature, self.eos_token_ids, _value(self._steps)
 
     def process(
         self,

@@ -129,15 +129,16 @@ class Mirror:
         return self.base.config.get_text_config(decoder=True).num_hidden_layers
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Brings copied tensors up to date and follows aliases whose source moved."""
-        self._state = self._policy_state()
+    def refresh(self) -> bool:
+        """Brings copied tensors up to date and follows aliases whose source moved; returns whether one did."""
+        self._state, moved = self._policy_state(), False
         for parameter, read in self._aliases:
             if parameter.data_ptr() != (source := read()).data_ptr():
-                parameter.data = source.detach()
+                parameter.data, moved = source.detach(), True
         for storage, read in self._copies:
             storage.copy_(read())
         self.version += 1
+        return moved
 
     def tree(
         self,

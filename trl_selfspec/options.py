@@ -41,7 +41,8 @@ class SelfSpecOptions:
         refresh_interval: requantize the drafter every this many optimizer steps (the target follows every step).
         max_batch_size: rows decoded at once; further prompts wait and are admitted as rows finish. `None`: from free
             memory.
-        cuda_graphs: capture rounds on CUDA. `"auto"` and `False` run eagerly where capture is not available.
+        cuda_graphs: capture rounds on CUDA. `"auto"` runs eagerly what can't be captured, after one warning; `True`
+            raises instead.
         quantize_lm_head: quantize the drafter's output head too.
 
     Raises:
@@ -81,12 +82,11 @@ class SelfSpecOptions:
         _check_int("refresh_interval", self.refresh_interval, 1)
         if self.max_batch_size is not None:
             _check_int("max_batch_size", self.max_batch_size, 1)
-        # True is an error until rounds are captured, so that nobody believes it is on.
         _require(
-            self.cuda_graphs in ("auto", False),
+            self.cuda_graphs == "auto" or isinstance(self.cuda_graphs, bool),
             "cuda_graphs",
             self.cuda_graphs,
-            'rounds are not captured in this version, use "auto" or False',
+            'use "auto" or a bool',
         )
         _require(isinstance(self.quantize_lm_head, bool), "quantize_lm_head", self.quantize_lm_head, "use a bool")
 

@@ -75,18 +75,17 @@ class Rollout:
         self.stats.rollout_s += time.perf_counter() - start
 
     def _decode(self) -> RoundResult:
-        runner, num_rows = self.runner, self.scheduler.num_active
-        num_slots = self._reserve(lookahead=0)
-        runner.clock.start()
-        result = runner.plain(num_rows, num_slots)
-        runner.clock.mark()
-        (seconds,) = runner.clock.laps()
-        self.controller.observe_plain(num_rows, seconds)
+        num_rows = self.scheduler.num_active
+        pending = self.runner.plain(num_rows, self._reserve(lookahead=0))
+        result = pending.result()
+        (seconds,) = pending.laps()
+        if pending.typical:
+            self.controller.observe_plain(num_rows, seconds)
         self.stats.add_plain_round(num_rows, seconds)
         return result
 
     def _speculate(self, gamma: int) -> RoundResult:
-        runner, num_rows = self.runner, self.scheduler.num_active
+        num_rows = self.scheduler.num_active
         requantize_s = self.prepare_drafter()
         self.controller.observe_requantize(requantize_s)
         self.stats.requantize_s += requantize_s
@@ -94,14 +93,13 @@ class Rollout:
         if self.stats.num_rounds_speculative == 0:
             self.stats.toggle_active_sequences_sum += self.scheduler.num_unfinished
             self.stats.toggle_count += 1
-        num_slots = self._reserve(lookahead=gamma)
-        runner.clock.start()
-        result = runner.speculative(num_rows, gamma, num_slots)
-        runner.clock.mark()
-        draft_s, verify_s = runner.clock.laps()
+        pending = self.runner.speculative(num_rows, gamma, self._reserve(lookahead=gamma))
+        result = pending.result()
+        draft_s, verify_s = pending.laps()
         accepted = [sum(n > i for n in result.accepted) for i in range(gamma)]
         examined = [num_rows, *accepted[:-1]]
-        self.controller.observe_speculative(num_rows, gamma, draft_s, verify_s, accepted, examined)
+        if pending.typical:
+            self.controller.observe_speculative(num_rows, gamma, draft_s, verify_s, accepted, examined)
         plain_s = self.controller.plain_seconds(num_rows)
         committed = sum(result.emitted)
         self.stats.add_speculative_round(num_rows, gamma, committed, draft_s, verify_s, accepted, examined, plain_s)
@@ -145,6 +143,9 @@ class Rollout:
                 moves[row] = last, scheduler.lengths[row]
             cache.rearrange(moves)
             self.kept.keep(last, tokens[:num_keys])
+        if any(result.finished):
+            state.park(scheduler.num_active)
+            cache.park(scheduler.num_active)
 
     def _store(self, row: int) -> tuple[int, ...]:
         """Takes down a finished row's results; returns all its tokens."""

@@ -1,9 +1,12 @@
 """A round advances every active row: a plain round by one token, a speculative one by 1 to γ + 1.
 
-Everything here is device work on the first B rows of `RowState`; the one host sync is the `RoundResult` at the end.
+Everything here is device work on the first rows of `RowState`, in three programs: a plain round, a draft step, and
+verification. Each reads and writes tensors at fixed addresses alone, so that it can be captured (`graphs.py`) and
+replayed for as many rows as a graph was captured for: rows that no request holds are parked, and emit nothing. The
+one host sync is `PendingRound.result`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trl_selfspec.cache import PagedCache
+from trl_selfspec.graphs import GraphPool, Program
 from trl_selfspec.law import SamplingLaw
 from trl_selfspec.rejection import Verdict
 from trl_selfspec.timing import Clock
@@ -21,6 +25,7 @@ class RowState:
     """The rows being decoded. Row r's keys and values are valid for slots below `lengths[r] - 1`.
 
     Provisional drafts are written behind a row's length, where the sampling law finds each position's own history.
+    A row whose length is its limit is frozen: rounds pass over it and leave it as it is.
     """
 
     def __init__(self, max_rows: int, capacity: int, device: torch.device) -> None:
@@ -31,6 +36,17 @@ class RowState:
         self.logprobs = zeros(max_rows, capacity, dtype=torch.float32)
         self.policy_logprobs = zeros(max_rows, capacity, dtype=torch.float32)
         self.lengths, self.prompt_lengths, self.limits, self.row_ids = (zeros(max_rows) for _ in range(4))
+        self.num_drafted = zeros()  # drafts behind every row's length
+        self.draft_nan = zeros(max_rows, dtype=torch.bool)  # one of these drafts came from a law that was not finite
+        self.park(0)
+
+    @property
+    def max_rows(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        return self.tokens.shape[1]
 
     def admit(self, row: int, prompt: Sequence[int], limit: int, row_id: int) -> None:
         """Places a prompt; the row ends at the latest when it holds `limit` tokens."""
@@ -40,7 +56,12 @@ class RowState:
 
     def move(self, source: int, target: int) -> None:
         for tensor in vars(self).values():
-            tensor[target] = tensor[source]
+            if tensor.dim():
+                tensor[target] = tensor[source]
+
+    def park(self, first: int) -> None:
+        """Takes rows from `first` on out of the rounds."""
+        self.lengths[first:] = self.prompt_lengths[first:] = self.limits[first:] = 1
 
 
 class RoundResult(NamedTuple):
@@ -51,6 +72,37 @@ class RoundResult(NamedTuple):
     accepted: list[int]  # drafts that stood, before truncation at EOS or the limit
     draft_nan: int  # rows with a draft law that was not finite
     target_nan: bool  # a token was drawn from a law that was not finite
+
+
+class PendingRound:
+    """A round that the device may still be busy with.
+
+    Attributes:
+        num_rows: rows of the round.
+        gamma: its draft length; 0 is a plain round.
+        typical: its seconds are those that rounds like it take; not so the first ones, which load kernels or capture.
+    """
+
+    def __init__(self, report: Tensor, num_rows: int, gamma: int, clock: Clock, typical: bool) -> None:
+        self.num_rows, self.gamma, self.typical = num_rows, gamma, typical
+        self._clock, self._report, self._copied = clock, report, None
+        if report.is_cuda:  # the next replay overwrites it
+            self._report = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
+            self._report.copy_(report, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def result(self) -> RoundResult:
+        if self._copied is not None:
+            self._copied.synchronize()  # host sync: the only one of a round
+        *rows, draft_nan, target_nan = self._report.tolist()
+        lanes = len(rows) // 3
+        finished, emitted, accepted = (rows[at : at + self.num_rows] for at in range(0, len(rows), lanes))
+        return RoundResult([bool(flag) for flag in finished], emitted, accepted, draft_nan, bool(target_nan))
+
+    def laps(self) -> list[float]:
+        """Seconds of the drafts, if there were any, and of the target's part."""
+        return self._clock.laps()
 
 
 @dataclass
@@ -64,7 +116,7 @@ class RoundRunner:
     law: SamplingLaw
     verification: Verification
     max_position: int | None  # largest position the model embeds
-    clock: Clock
+    graphs: GraphPool
     prefill_kwargs: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -85,35 +137,57 @@ class RoundRunner:
         tokens = self.state.tokens[rows].gather(1, positions.clamp(max=num_slots - 1))
         self._run(self.target, tokens, positions, **self.prefill_kwargs)
 
-    def plain(self, num_rows: int, num_slots: int) -> RoundResult:
+    def plain(self, num_rows: int, num_slots: int) -> PendingRound:
         """One target forward of T = 1."""
-        state, rows = self.state, slice(0, num_rows)
+        return self._finish(Program("plain", num_rows, num_slots), self._plain, self._clock())
+
+    def speculative(self, num_rows: int, gamma: int, num_slots: int) -> PendingRound:
+        """γ draft forwards of T = 1, one target forward of T = γ + 1, verdict; the clock tells the two apart."""
+        clock = self._clock()
+        drafts = Program("draft", num_rows, num_slots)
+        for _ in range(gamma):
+            self.graphs.run(drafts, self._draft)
+        clock.mark()
+        return self._finish(Program("verify", num_rows, num_slots, gamma), self._verify, clock)
+
+    def _clock(self) -> Clock:
+        self.graphs.begin_round()
+        clock = Clock(self.state.tokens.device)
+        clock.mark()
+        return clock
+
+    def _finish(self, program: Program, function: Callable[[Program], Tensor], clock: Clock) -> PendingRound:
+        report = self.graphs.run(program, function)
+        clock.mark()
+        return PendingRound(report, program.num_rows, program.gamma, clock, self.graphs.typical)
+
+    def _plain(self, program: Program) -> Tensor:
+        state, rows = self.state, slice(0, program.num_rows)
         lengths, row_ids = state.lengths[rows], state.row_ids[rows]
-        logits = self._forward(self.target, lengths[:, None] - 1, num_slots)
+        logits = self._forward(self.target, lengths[:, None] - 1, program.num_slots)
         scores = self._process(logits, lengths)
         token = self.verification.draw(scores[:, 0], row_ids, lengths)
-        verdict = Verdict(torch.zeros_like(token), token[:, None])
-        return self._commit(verdict, logits, scores, draft_nan=torch.zeros((), device=token.device))
+        return self._commit(Verdict(torch.zeros_like(token), token[:, None]), logits, scores)
 
-    def speculative(self, num_rows: int, gamma: int, num_slots: int) -> RoundResult:
-        """γ draft forwards of T = 1, one target forward of T = γ + 1, verdict; marks the clock between the two."""
+    def _draft(self, program: Program) -> Tensor:
         assert self.drafter is not None
-        state, rows = self.state, slice(0, num_rows)
+        state, rows = self.state, slice(0, program.num_rows)
+        at = state.lengths[rows] + state.num_drafted
+        scores = self._process(self._forward(self.drafter, at[:, None] - 1, program.num_slots), at)[:, 0]
+        draft = self.verification.propose(scores, state.row_ids[rows], at, state.num_drafted)
+        state.tokens[rows].scatter_(1, at[:, None], draft[:, None])
+        state.draft_nan[rows] |= ~scores.amax(-1).isfinite()
+        state.num_drafted += 1
+        return draft
+
+    def _verify(self, program: Program) -> Tensor:
+        state, rows, gamma = self.state, slice(0, program.num_rows), program.gamma
         lengths, row_ids = state.lengths[rows], state.row_ids[rows]
-        nan = torch.zeros(num_rows, dtype=torch.bool, device=lengths.device)
-        for step in range(gamma):
-            at = lengths + step
-            scores = self._process(self._forward(self.drafter, at[:, None] - 1, num_slots), at)[:, 0]
-            nan |= ~scores.amax(-1).isfinite()
-            draft = self.verification.propose(scores, row_ids, at)
-            state.tokens[rows].scatter_(1, at[:, None], draft[:, None])
-        self.clock.mark()
         positions = lengths[:, None] + torch.arange(gamma + 1, device=lengths.device)
         drafts = state.tokens[rows].gather(1, positions[:, :gamma])
-        logits = self._forward(self.target, positions - 1, num_slots)
+        logits = self._forward(self.target, positions - 1, program.num_slots)
         scores = self._process(logits, lengths)
-        verdict = self.verification.verify(drafts, scores, row_ids, positions)
-        return self._commit(verdict, logits, scores, nan.sum())
+        return self._commit(self.verification.verify(drafts, scores, row_ids, positions), logits, scores)
 
     def _forward(self, model: nn.Module, positions: Tensor, num_slots: int) -> Tensor:
         self.cache.begin(positions, num_slots)
@@ -129,8 +203,8 @@ class RoundRunner:
         num_rows = len(lengths)
         return self.law.process(logits, self.state.tokens[:num_rows], lengths, self.state.prompt_lengths[:num_rows])
 
-    def _commit(self, verdict: Verdict, logits: Tensor, scores: Tensor, draft_nan: Tensor) -> RoundResult:
-        """Writes what the verdict yields, cut at the first EOS and at the row's limit."""
+    def _commit(self, verdict: Verdict, logits: Tensor, scores: Tensor) -> Tensor:
+        """Writes what the verdict yields, cut at the first EOS and at the row's limit; returns the report."""
         state, tokens = self.state, verdict.tokens
         num_rows, width = tokens.shape
         lengths, limits = state.lengths[:num_rows], state.limits[:num_rows]
@@ -146,20 +220,15 @@ class RoundRunner:
         state.tokens[:num_rows].scatter_(1, positions, tokens)
         state.logprobs[:num_rows].scatter_(1, positions, logprobs)
         state.policy_logprobs[:num_rows].scatter_(1, positions, policy_logprobs)
+        draft_nan = (state.draft_nan[:num_rows] & (lengths < limits)).sum()
         target_nan = (logprobs.isnan() & (offsets < emitted[:, None])).any()
         lengths += emitted
         finished = stopped | (lengths >= limits)
-        flat = torch.cat(
-            [finished.long(), emitted, verdict.num_accepted, torch.stack([draft_nan.long(), target_nan.long()])]
-        )
-        host = flat.tolist()  # host sync: the only one of a round
-        return RoundResult(
-            [bool(flag) for flag in host[:num_rows]],
-            host[num_rows : 2 * num_rows],
-            host[2 * num_rows : 3 * num_rows],
-            host[-2],
-            bool(host[-1]),
-        )
+        limits.copy_(torch.where(finished, lengths, limits))
+        state.draft_nan.zero_()
+        state.num_drafted.zero_()
+        flags = torch.stack([draft_nan, target_nan.long()])
+        return torch.cat([finished.long(), emitted, verdict.num_accepted, flags])
 
     def _logprobs(self, tokens: Tensor, logits: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         logprobs = _token_logprobs(scores, tokens)

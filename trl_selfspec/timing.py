@@ -12,10 +12,6 @@ class Clock:
         self._cuda = device.type == "cuda"
         self._marks: list = []
 
-    def start(self) -> None:
-        self._marks = []
-        self.mark()
-
     def mark(self) -> None:
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)

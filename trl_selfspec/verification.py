@@ -13,40 +13,53 @@ from trl_selfspec.sampling import Purpose, gumbel, sample_inverse_cdf, uniform
 
 
 class Verification(Protocol):
-    """How tokens are drawn and drafts judged. Draws depend on (seed, row, position) alone."""
+    """How tokens are drawn and drafts judged. Draws depend on (seed, row, position) alone.
+
+    Whatever outlives a call lies in tensors at fixed addresses, so that calls can be captured in CUDA graphs.
+    """
 
     def draw(self, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Tensor:
         """Tokens (B,) of a plain round, from processed scores (B, V)."""
         ...
 
-    def propose(self, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Tensor:
-        """The next draft tokens (B,) from the drafter's processed scores (B, V)."""
+    def propose(self, scores: Tensor, row_ids: Tensor, positions: Tensor, step: Tensor) -> Tensor:
+        """The next draft tokens (B,) from the drafter's processed scores (B, V); `step` () counts those before."""
         ...
 
     def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Verdict:
-        """Judges the (B, γ) proposals since the last call by the target's scores (B, γ+1, V)."""
+        """Judges the (B, γ) proposals of steps 0..γ-1 by the target's scores (B, γ+1, V)."""
         ...
 
 
 class RejectionVerification:
-    """Leviathan et al. 2023 (arXiv 2211.17192): the policy's law, at the highest acceptance."""
+    """Leviathan et al. 2023 (arXiv 2211.17192): the policy's law, at the highest acceptance.
 
-    def __init__(self, seed: Tensor) -> None:
-        self.seed = seed
-        self._draft_probs: list[Tensor] = []
+    Args:
+        seed: () int64; a later seed is to be written into it.
+        longest_draft: the largest γ.
+    """
+
+    def __init__(self, seed: Tensor, longest_draft: int) -> None:
+        self.seed, self.longest_draft = seed, longest_draft
+        self._purposes = torch.tensor([Purpose.ACCEPT, Purpose.RECOVER, Purpose.TOKEN], device=seed.device)
+        self._draft_probs: dict[int, Tensor] = {}  # by B: (B, longest γ, V) fp32
 
     def draw(self, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Tensor:
         return sample_inverse_cdf(scores.softmax(-1), uniform(self.seed, row_ids, positions, Purpose.TOKEN))
 
-    def propose(self, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Tensor:
-        self._draft_probs.append(scores.softmax(-1))
-        return sample_inverse_cdf(self._draft_probs[-1], uniform(self.seed, row_ids, positions, Purpose.DRAFT))
+    def propose(self, scores: Tensor, row_ids: Tensor, positions: Tensor, step: Tensor) -> Tensor:
+        num_rows, vocab_size = scores.shape
+        if num_rows not in self._draft_probs:
+            self._draft_probs[num_rows] = scores.new_empty(num_rows, self.longest_draft, vocab_size)
+        probs = scores.softmax(-1)
+        self._draft_probs[num_rows].index_copy_(1, step[None], probs[:, None])
+        return sample_inverse_cdf(probs, uniform(self.seed, row_ids, positions, Purpose.DRAFT))
 
     def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Verdict:
-        draft_probs, self._draft_probs = torch.stack(self._draft_probs, dim=1), []
-        gamma = drafts.shape[1]
-        purposes = torch.tensor([Purpose.ACCEPT, Purpose.RECOVER, Purpose.TOKEN], device=drafts.device)
-        accept, recover, token = uniform(self.seed, row_ids[:, None, None], positions[..., None], purposes).unbind(-1)
+        num_rows, gamma = drafts.shape
+        draft_probs = self._draft_probs[num_rows][:, :gamma]
+        u = uniform(self.seed, row_ids[:, None, None], positions[..., None], self._purposes)
+        accept, recover, token = u.unbind(-1)
         resample = torch.cat([recover[:, :gamma], token[:, gamma:]], dim=1)
         return verify_rejection(drafts, draft_probs, scores.softmax(-1), accept[:, :gamma], resample)
 
@@ -54,13 +67,14 @@ class RejectionVerification:
 class CoupledVerification:
     """Daliri, Musco, Suresh 2024 (arXiv 2408.07978): every token is the one plain sampling gives for this seed."""
 
-    def __init__(self, seed: Tensor) -> None:
+    def __init__(self, seed: Tensor, longest_draft: int) -> None:
         self.seed = seed
 
     def draw(self, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Tensor:
         return (scores + gumbel(self.seed, row_ids, positions, scores.shape[-1])).argmax(-1)
 
-    propose = draw
+    def propose(self, scores: Tensor, row_ids: Tensor, positions: Tensor, step: Tensor) -> Tensor:
+        return self.draw(scores, row_ids, positions)
 
     def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Verdict:
         return verify_coupled(drafts, self.draw(scores, row_ids[:, None], positions))
@@ -72,7 +86,8 @@ class GreedyVerification:
     def draw(self, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Tensor:
         return scores.argmax(-1)
 
-    propose = draw
+    def propose(self, scores: Tensor, row_ids: Tensor, positions: Tensor, step: Tensor) -> Tensor:
+        return scores.argmax(-1)
 
     def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Verdict:
         return verify_coupled(drafts, scores.argmax(-1))

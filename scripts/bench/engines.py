@@ -117,8 +117,8 @@ class ContinuousEngine:
 class SyntheticVerification(RejectionVerification):
     """Does the real verification's work, then accepts each draft with one fixed probability instead of its verdict."""
 
-    def __init__(self, seed: Tensor, acceptance: float) -> None:
-        super().__init__(seed)
+    def __init__(self, seed: Tensor, longest_draft: int, acceptance: float) -> None:
+        super().__init__(seed, longest_draft)
         self.acceptance = acceptance
 
     def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Verdict:
@@ -138,7 +138,7 @@ class SyntheticEngine(SelfSpecEngine):
         self.acceptance = acceptance
 
     def _verification(self, seed: Tensor) -> SyntheticVerification:
-        return SyntheticVerification(seed, self.acceptance)
+        return SyntheticVerification(seed, self.options.longest_draft, self.acceptance)
 
 
 class OwnEngine:

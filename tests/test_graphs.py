@@ -1,0 +1,244 @@
+"""Captured rounds give what eager ones give. Graphs are recordings here: see recorded_graph.py."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from recorded_graph import record
+from tiny_models import Schedule, force_page_size, ragged_prompts, scale_weights, spoil, tiny_model
+from transformers import GenerationConfig, PreTrainedModel
+
+from trl_selfspec import SelfSpecEngine, SelfSpecOptions
+from trl_selfspec.cache import TRASH_PAGE, PagedCache
+from trl_selfspec.engine import RolloutOutput
+from trl_selfspec.graphs import CaptureError, GraphPool, Program
+from trl_selfspec.kernels.cpu import build
+
+
+GREEDY = {"do_sample": False}
+SAMPLING = {"do_sample": True, "temperature": 1.2}
+PROCESSED = SAMPLING | {"top_k": 20, "top_p": 0.9, "repetition_penalty": 1.1, "min_new_tokens": 4, "eos_token_id": 7}
+PROMPTS = ragged_prompts([5, 9, 3, 5, 14])
+TOLERANCE = 2e-5  # of log-probabilities: more rows in a forward round otherwise
+
+
+@pytest.fixture(autouse=True)
+def _pages_and_torchs_own_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: rows have pages. Our C kernels are no operations of torch, so a recording would miss them."""
+    force_page_size(monkeypatch, 4)
+    monkeypatch.setattr(build, "_library", lambda: None)
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return tiny_model("qwen2")
+
+
+def make_engine(
+    model: PreTrainedModel, capture: Callable | None, schedule: tuple[int, ...] = (3, 0, 1, 3), **options: Any
+) -> SelfSpecEngine:
+    engine = SelfSpecEngine(model, SelfSpecOptions(draft_qtype="qint8", num_speculative_tokens=3, **options))
+    engine.controller = Schedule(*schedule)  # type: ignore[assignment]
+    engine._graphs = GraphPool(capture)
+    spoil(engine, noise=0.5)
+    return engine
+
+
+def generate(engine: SelfSpecEngine, law: dict[str, Any], seed: int = 0, **kwargs: Any) -> RolloutOutput:
+    prompts = kwargs.pop("prompts", PROMPTS)
+    return engine.generate(prompts, GenerationConfig(max_new_tokens=16, pad_token_id=0, **law), seed=seed, **kwargs)
+
+
+def same(left: RolloutOutput, right: RolloutOutput) -> bool:
+    return left.completion_ids == right.completion_ids and all(
+        torch.allclose(torch.tensor(a), torch.tensor(b), atol=TOLERANCE)
+        for a, b in zip(left.logprobs + left.policy_logprobs, right.logprobs + right.policy_logprobs, strict=True)
+    )
+
+
+@pytest.mark.parametrize("verification", ["rejection", "coupled"])
+@pytest.mark.parametrize("law", [GREEDY, SAMPLING, PROCESSED], ids=["greedy", "sampling", "processed"])
+@pytest.mark.parametrize("max_batch_size", [None, 3])
+def test_captured_rounds_equal_eager_ones(
+    model: PreTrainedModel, verification: str, law: dict[str, Any], max_batch_size: int | None
+):
+    """Over rollouts with other seeds and lengths: prevents whatever Python decides in a round from being frozen."""
+    options = {"verification": verification, "max_batch_size": max_batch_size}
+    eager, captured = make_engine(model, None, **options), make_engine(model, record, **options)
+    for seed in range(3):
+        prompts = PROMPTS[: 5 - seed]
+        expected, actual = (generate(engine, law, seed, prompts=prompts) for engine in (eager, captured))
+        assert same(actual, expected)
+    assert len(captured._graphs) >= 6, "few rounds were replayed"
+
+
+def test_graphs_survive_optimizer_steps(model: PreTrainedModel):
+    """The mirrors are refreshed in place: prevents a replay that still reads the weights of an earlier step."""
+    eager, captured = make_engine(model, None), make_engine(model, record)
+    outputs = []
+    for step in range(3):
+        outputs.append(generate(captured, SAMPLING))
+        assert same(outputs[-1], generate(eager, SAMPLING))
+        num_graphs = len(captured._graphs)
+        scale_weights(model, seed=step + 1)
+        for engine in (eager, captured):
+            engine.refresh()
+    assert num_graphs == len(captured._graphs) > 0
+    assert outputs[0].completion_ids != outputs[1].completion_ids
+
+
+def test_weights_that_move_are_followed(model: PreTrainedModel):
+    """A load or a sharder may put a parameter elsewhere: a graph would go on reading the old place."""
+    eager, captured = make_engine(model, None), make_engine(model, record)
+    generate(captured, GREEDY)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone().mul_(1.1)
+    for engine in (eager, captured):
+        engine.refresh()
+    assert len(captured._graphs) == 0
+    assert same(generate(captured, GREEDY), generate(eager, GREEDY))
+
+
+def a_seed_that_moves(engine: SelfSpecEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = engine._sampling.seed  # type: ignore[union-attr]
+    engine._sampling.seed = seed.clone()  # type: ignore[union-attr]
+
+
+def weights_followed_without_notice(engine: SelfSpecEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GraphPool, "clear", lambda self: None)
+    for parameter in engine.model.parameters():
+        parameter.data = parameter.data.clone().mul_(1.1)
+    engine.refresh()
+
+
+@pytest.mark.parametrize("sabotage", [a_seed_that_moves, weights_followed_without_notice])
+def test_what_a_graph_must_not_do_is_noticed(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, sabotage: Callable
+):
+    """Negative control: a recording that follows whatever changes would prove nothing."""
+    captured = make_engine(model, record)
+    turns = [generate(captured, SAMPLING, keep=True)]
+    sabotage(captured, monkeypatch)
+    eager = make_engine(model, None)
+    turns.append(generate(captured, SAMPLING, seed=1, keep=True, prompts=next_turn(turns[0], 3)))
+    turns.append(generate(captured, SAMPLING, seed=2, keep=True, prompts=next_turn(turns[0], 5)))
+    expected = [generate(eager, SAMPLING, seed=i + 1, prompts=next_turn(turns[0], n)) for i, n in enumerate((3, 5))]
+    assert not all(map(same, turns[1:], expected))
+
+
+def next_turn(first: RolloutOutput, num_rows: int) -> list[list[int]]:
+    """Prompts that continue the first rows of a rollout."""
+    return [[*a, *b, 11] for a, b in zip(PROMPTS, first.completion_ids, strict=True)][:num_rows]
+
+
+def test_idle_lanes_leave_kept_keys_alone(model: PreTrainedModel):
+    """A graph for four rows runs while two are active: the others' keys are those of a conversation that goes on."""
+    eager, captured = make_engine(model, None), make_engine(model, record)
+    first = generate(captured, SAMPLING, keep=True)
+    for seed, num_rows in enumerate((2, 3, 5)):
+        prompts = next_turn(first, num_rows)
+        actual = generate(captured, SAMPLING, seed, keep=True, prompts=prompts)
+        assert same(actual, generate(eager, SAMPLING, seed, prompts=prompts))
+        assert actual.stats.reused_prompt_tokens > 0
+
+
+@pytest.mark.parametrize("parked", [True, False])
+def test_parked_rows_write_to_no_page_of_theirs(parked: bool):
+    """What they keep may belong to a conversation that goes on; without parking, lanes of a graph would overwrite it."""
+    cache = PagedCache(1, max_rows=4, row_capacity=8, page_size=4)
+    for row in range(4):
+        cache.reserve(row, 8)
+    if parked:
+        cache.park(2)
+    cache.begin(torch.zeros(4, 1, dtype=torch.int64), num_slots=8)
+    assert (cache.write_index // 4 == TRASH_PAGE).tolist() == [False, False, parked, parked]
+
+
+def test_laws_have_graphs_of_their_own_and_equal_ones_share(model: PreTrainedModel):
+    """Evaluation at another temperature must not replay training's rounds, nor make training capture again."""
+    eager, captured = make_engine(model, None), make_engine(model, record)
+    counts = []
+    for temperature in (1.0, 1.0, 0.4, 0.4, 1.0, 0.4):
+        law = SAMPLING | {"temperature": temperature}
+        assert same(generate(captured, law), generate(eager, law))
+        counts.append(len(captured._graphs))
+    assert 0 < counts[1] < counts[3] == counts[4] == counts[5]
+
+
+HOST_LAWS = [{"no_repeat_ngram_size": 3}, {"top_h": 0.5}]
+
+
+@pytest.mark.parametrize("law", HOST_LAWS, ids=str)
+def test_laws_that_need_the_host_run_eagerly(model: PreTrainedModel, law: dict[str, Any]):
+    """A processor that reads token ids on the host can't be captured; it must not be frozen either."""
+    eager, captured = make_engine(model, None), make_engine(model, record)
+    assert same(generate(captured, SAMPLING | law), generate(eager, SAMPLING | law))
+    assert len(captured._graphs) == 0
+    captured._graphs = GraphPool(record, required=True)
+    with pytest.raises(CaptureError, match="sampling parameters need the host"):
+        generate(captured, SAMPLING | law)
+
+
+def fails(function: Callable) -> Callable:
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def test_a_round_that_cannot_be_captured_runs_eagerly_after_one_warning(
+    model: PreTrainedModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """Prevents a lost rollout, and a slow one that nobody is told of."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    eager, captured = make_engine(model, None), make_engine(model, fails)
+    with caplog.at_level(logging.WARNING):
+        outputs = [generate(captured, SAMPLING, seed) for seed in range(2)]
+    assert all(same(output, generate(eager, SAMPLING, seed)) for seed, output in enumerate(outputs))
+    assert sum("without CUDA graphs" in message for message in caplog.messages) == 1
+    captured._graphs = GraphPool(fails, required=True)
+    with pytest.raises(CaptureError, match='cuda_graphs="auto"'):
+        generate(captured, SAMPLING)
+
+
+def test_a_replay_and_only_a_replay_counts_as_typical(model: PreTrainedModel):
+    """Seconds of a round that compiled or captured would teach the gate costs that no later round has."""
+    pool, calls = GraphPool(record), []
+    pool.begin_rollout(law=_law(model), max_rows=8, row_capacity=64)
+    x = torch.zeros(8)
+
+    def add(program: Program) -> torch.Tensor:
+        calls.append(program)
+        return x[: program.num_rows].add_(1).clone()
+
+    typical = []
+    for _ in range(4):
+        pool.begin_round()
+        pool.run(Program("plain", 3, 9), add)
+        typical.append(pool.typical)
+    assert typical == [False, False, True, True]
+    assert calls == [Program("plain", 4, 64)] * 2, "once eagerly, once captured"
+    assert x.tolist() == [4.0] * 4 + [0.0] * 4, "capturing itself does nothing"
+
+
+def _law(model: PreTrainedModel):
+    from trl_selfspec.law import SamplingLaw, effective_generation_config
+
+    config = effective_generation_config(model, GenerationConfig(do_sample=True))
+    return SamplingLaw.from_generation_config(model, config, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("rows", "slots", "padded"),
+    [(1, 1, (1, 512)), (3, 512, (4, 512)), (9, 513, (16, 1024)), (70, 1500, (96, 2000)), (130, 9, (192, 512))],
+)
+def test_programs_are_padded_to_few_sizes(model: PreTrainedModel, rows: int, slots: int, padded: tuple[int, int]):
+    """One graph for every number of rows and slots would take more time to capture than it saves."""
+    pool = GraphPool(record)
+    pool.begin_rollout(law=_law(model), max_rows=200, row_capacity=2000)
+    assert pool.padded(Program("plain", rows, slots)) == Program("plain", *padded)
+
+
+def test_capture_is_refused_without_a_gpu(model: PreTrainedModel):
+    """Prevents somebody from believing that an option is on."""
+    with pytest.raises(ValueError, match="`cuda_graphs=True` needs a model on a CUDA device"):
+        SelfSpecEngine(model, SelfSpecOptions(cuda_graphs=True))

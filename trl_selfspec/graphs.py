@@ -1,0 +1,155 @@
+"""Rounds captured as CUDA graphs: the GPU runs a whole program of kernels without waiting for Python.
+
+A program runs eagerly the first time, which loads its kernels, is captured the second time, and replayed from then on:
+over optimizer steps and rollouts, as long as the tensors it reads stay where they are. Graphs exist for a few numbers
+of rows and slots; the rows beyond the active ones are parked. All share one memory pool.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from trl_selfspec.law import SamplingLaw
+
+
+logger = logging.get_logger(__name__)
+
+LANES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+LANE_STEP = 64  # beyond
+FEWEST_SLOTS = 512
+MAX_LAWS = 4  # sampling laws whose graphs are kept: training, evaluation, and what a user tries
+
+
+class Program(NamedTuple):
+    """What tells one captured part of a round from another."""
+
+    kind: str
+    num_rows: int
+    num_slots: int
+    gamma: int = 0
+
+
+Function = Callable[[Program], Tensor]
+Replay = Callable[[], Tensor]
+Capture = Callable[[Callable[[], Tensor]], Replay]
+
+
+class CaptureError(RuntimeError):
+    """A round can't be captured; the message names the reason."""
+
+
+class GraphPool:
+    """Runs programs, captured where `capture` is given.
+
+    Args:
+        capture: turns a function into one that replays it; `None` runs every program eagerly.
+        required: raise where a program can't be captured instead of running it eagerly after one warning.
+
+    Attributes:
+        typical: nothing in the current round ran for the first time.
+    """
+
+    def __init__(self, capture: Capture | None = None, required: bool = False) -> None:
+        self._capture, self._required = capture, required
+        self._graphs: dict[Hashable, dict[Program, tuple[Replay | None, Function]]] = {}  # by law
+        self._law: Hashable = None  # None: one that can't be captured
+        self._most_rows = self._most_slots = 0
+        self.typical = True
+
+    def begin_rollout(self, law: SamplingLaw, max_rows: int, row_capacity: int) -> None:
+        """Announces rounds under `law`, for a state and a cache of this size.
+
+        Raises:
+            CaptureError: capture is required and the law needs the host.
+        """
+        if self._capture is None:
+            return
+        if law.needs_host and self._required:
+            raise CaptureError(
+                "These sampling parameters need the host in every round, so rounds can't be captured; use "
+                '`cuda_graphs="auto"`, or leave out the n-gram, bias, forced-token and encoder parameters, `top_h` '
+                "and `eta_cutoff`."
+            )
+        self._most_rows, self._most_slots = max_rows, row_capacity
+        self._law = None if law.needs_host else law.signature
+        if self._law is not None:
+            self._graphs[self._law] = self._graphs.pop(self._law, {})  # the last one is the latest
+            if len(self._graphs) > MAX_LAWS:
+                del self._graphs[next(iter(self._graphs))]
+
+    def begin_round(self) -> None:
+        self.typical = True
+
+    def run(self, program: Program, function: Function) -> Tensor:
+        """Runs `function`, or replays it, for at least the program's rows and slots."""
+        if self._capture is None or self._law is None:
+            return function(program)
+        program = self.padded(program)
+        graphs = self._graphs[self._law]
+        replay, captured = graphs.get(program, (None, None))
+        if replay is not None:
+            return replay()
+        self.typical = False
+        if captured is None:
+            graphs[program] = None, function
+            return function(program)
+        try:
+            replay = self._capture(lambda: function(program))
+        except RuntimeError as error:
+            self._give_up(error)
+            return function(program)
+        graphs[program] = replay, function  # the function holds the tensors that the graph uses
+        return replay()
+
+    def padded(self, program: Program) -> Program:
+        """The program that stands for this one: few numbers of rows and slots, so that graphs are few."""
+        num_rows = next((n for n in LANES if n >= program.num_rows), -(-program.num_rows // LANE_STEP) * LANE_STEP)
+        num_slots = max(FEWEST_SLOTS, 1 << (program.num_slots - 1).bit_length())
+        return program._replace(num_rows=min(num_rows, self._most_rows), num_slots=min(num_slots, self._most_slots))
+
+    def clear(self) -> None:
+        """Forgets all graphs: a tensor that they use has moved."""
+        for graphs in self._graphs.values():
+            graphs.clear()
+
+    def __len__(self) -> int:
+        return sum(replay is not None for graphs in self._graphs.values() for replay, _ in graphs.values())
+
+    def _give_up(self, error: RuntimeError) -> None:
+        if self._required:
+            raise CaptureError(
+                f'A round could not be captured as a CUDA graph: {error}. Use `cuda_graphs="auto"` to run such a '
+                "model eagerly."
+            ) from error
+        logger.warning_once(f"Rounds run without CUDA graphs, more slowly: capturing one failed with {error!r}.")
+        self.clear()
+        self._capture = None
+
+
+class CudaCapture:
+    """Captures functions of one device as CUDA graphs that share a memory pool.
+
+    Attributes:
+        nbytes: of the pool, as far as captures made it grow.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.nbytes = device, 0
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Callable[[], Tensor]) -> Replay:
+        with torch.cuda.device(self.device):
+            graph, before = torch.cuda.CUDAGraph(), torch.cuda.memory_reserved()
+            # Other threads (a data loader that pins memory) may use CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                result = function()
+            self.nbytes += max(0, torch.cuda.memory_reserved() - before)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
