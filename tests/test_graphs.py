@@ -146,7 +146,7 @@ def test_idle_lanes_leave_kept_keys_alone(model: PreTrainedModel):
 
 @pytest.mark.parametrize("parked", [True, False])
 def test_parked_rows_write_to_no_page_of_theirs(parked: bool):
-    """What they keep may belong to a conversation that goes on; without parking, lanes of a graph would overwrite it."""
+    """What they keep may belong to a conversation that goes on; lanes of a graph would overwrite it."""
     cache = PagedCache(1, max_rows=4, row_capacity=8, page_size=4)
     for row in range(4):
         cache.reserve(row, 8)

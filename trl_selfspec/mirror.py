@@ -153,11 +153,11 @@ class Mirror:
             linear: what stands in for the mirror's Linear layer of a name; by default that layer.
             window: shortens windows to at most this many tokens.
         """
-        tree = _meta_tree(self.base, attention, window)
+        tree = _adopt(_meta_tree(self.base, attention, window), self.model)
         for name, module in self.model.named_modules():
             if isinstance(module, MirrorLinear):
                 _replace(tree, name, linear(name, module))
-        return self._complete(_adopt(tree, self.model))
+        return self._complete(tree)
 
     def shortsighted(self, window: int) -> tuple[PreTrainedModel, PreTrainedModel]:
         """Twins of the mirror, with its own and with transformers' attention, that see at most `window` tokens back.
