@@ -12,10 +12,10 @@ PACKAGE = Path(__file__).parents[1] / "trl_selfspec"
 FLOORS = tuple(
     set(names.split())
     for names in (
-        "sampling rejection stats estimates controller options timing scheduler",
+        "sampling rejection stats estimates controller options timing scheduler transfer",
         "quantize kernels verification",
-        "law sharding adapters cache kept attention layers mirror drafter forms graphs rounds memory requests rollout "
-        "selfcheck engine generation",
+        "law sharding adapters cache kept admission attention layers mirror drafter forms graphs rounds memory "
+        "requests rollout selfcheck engine generation",
         "config reporting following checkpointing mixin trainer model_card",
     )
 )

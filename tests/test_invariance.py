@@ -190,7 +190,7 @@ def see_the_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
 def forget_row_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     admit = RowState.admit
     monkeypatch.setattr(
-        RowState, "admit", lambda self, row, prompt, limit, row_id: admit(self, row, prompt, limit, row)
+        RowState, "admit", lambda self, row, prompt, limit, row_id, done: admit(self, row, prompt, limit, row, done)
     )
 
 

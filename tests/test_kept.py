@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 from trl_selfspec.cache import PagedCache
 from trl_selfspec.engine import SelfSpecEngine
 from trl_selfspec.kept import KeptRows, Tokens
-from trl_selfspec.memory import affordable_rows, kv_bytes_per_token
+from trl_selfspec.memory import KVMemory, kv_bytes_per_token
+from trl_selfspec.options import SelfSpecOptions
+from trl_selfspec.scheduler import Request
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +105,19 @@ def test_memory_of_the_cache_that_is_replaced_counts_as_free(monkeypatch: pytest
     """Prevents later turns from decoding fewer rows at once because the earlier ones hold memory."""
     config = tiny_model("llama").config
     total, row = 2**20, kv_bytes_per_token(config, torch.float32) * 64
+    memory = KVMemory(2, config, torch.float32, None, SelfSpecOptions(num_speculative_tokens=0))
+    requests = [Request(row_id, (1, 2, 3), limit=63) for row_id in range(100)]
+    device = torch.device("cpu")
 
-    def rows(held_bytes: int, counted: bool) -> int:
-        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=total - held_bytes))
-        return affordable_rows(config, torch.float32, 64, torch.device("cpu"), held_bytes if counted else 0)
+    def rows(held_rows: int, counted: bool) -> int:
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=total - held_rows * row))
+        cache = PagedCache(2, held_rows - 1, 32)  # one page more for padding; too short for these requests
+        cache.begin(torch.zeros(1, 1, dtype=torch.int64), 1, torch.tensor([0]))
+        for layer in cache.pages_of:
+            layer.update(torch.zeros(1, 2, 1, 32), torch.zeros(1, 2, 1, 32))
+        return memory.allocate(requests, KeptRows(cache) if counted else None, device).cache.max_rows
 
-    assert rows(8 * row, counted=True) == rows(0, counted=True) > rows(8 * row, counted=False)
+    assert rows(8, counted=True) == total // 2 // row > rows(8, counted=False)
 
 
 @PAGES

@@ -12,7 +12,7 @@ from tiny_models import tiny_model
 from torch import Tensor
 from transformers import GenerationConfig
 
-from trl_selfspec import SelfSpecEngine, SelfSpecOptions, engine, kernels, verification
+from trl_selfspec import SelfSpecEngine, SelfSpecOptions, engine, kernels, memory, verification
 from trl_selfspec.law import SamplingLaw, effective_generation_config
 from trl_selfspec.mirror import Mirror
 from trl_selfspec.requests import make_requests
@@ -32,7 +32,7 @@ LAWS = {
 def _without_numbers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Leaves out what reads numbers before a rollout begins."""
     monkeypatch.setattr(engine, "self_check", lambda *args: None)
-    monkeypatch.setattr(engine, "affordable_rows", lambda *args: 8)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**30)
     monkeypatch.setattr(kernels, "available", lambda: False)
     monkeypatch.setattr(Mirror, "refresh", lambda self: False)
     monkeypatch.setattr(Mirror, "_policy_state", lambda self: ())

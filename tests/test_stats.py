@@ -60,7 +60,8 @@ def test_merging_leaves_its_operands_alone(a: RolloutStats, b: RolloutStats) -> 
 def test_a_summed_vector_is_the_merge(a: RolloutStats, b: RolloutStats) -> None:
     """One all-reduce has to give what merging gives; a field left out of the vector would vanish on several ranks."""
     vector = [x + y for x, y in zip(a.to_vector(), b.to_vector(), strict=True)]
-    assert RolloutStats.from_vector(vector, max(a.drafter_bytes, b.drafter_bytes)) == a.merge(b)
+    maxima = [max(x, y) for x, y in zip(a.maxima(), b.maxima(), strict=True)]
+    assert RolloutStats.from_vector(vector, maxima) == a.merge(b)
 
 
 def test_a_vector_of_another_length_is_refused() -> None:
@@ -72,8 +73,9 @@ def test_a_vector_of_another_length_is_refused() -> None:
 
 
 def test_bytes_are_not_added_up() -> None:
-    """Eight ranks hold eight drafters, each of this size."""
-    assert RolloutStats(drafter_bytes=5).merge(RolloutStats(drafter_bytes=3)).drafter_bytes == 5
+    """Eight ranks hold eight drafters, each of this size; turns of a conversation share one cache."""
+    total = RolloutStats(drafter_bytes=5, kv_bytes=2).merge(RolloutStats(drafter_bytes=3, kv_bytes=7))
+    assert (total.drafter_bytes, total.kv_bytes) == (5, 7)
 
 
 def test_ratios_follow_the_papers() -> None:
@@ -142,7 +144,7 @@ def test_metrics_carry_the_documented_names() -> None:
     total.toggle_active_sequences_sum, total.toggle_count = 2, 1
     metrics = total.metrics()
     names = "acceptance_rate alpha mean_acceptance_length num_speculative_tokens speculative_round_fraction "
-    names += "toggle_active_sequences tokens_per_s rollout_s refresh_s estimated_speedup drafter_bytes "
+    names += "toggle_active_sequences tokens_per_s rollout_s refresh_s estimated_speedup drafter_bytes kv_bytes "
     names += "acceptance_rate_pos_0 acceptance_rate_pos_1 acceptance_rate_pos_2"
     assert {f"selfspec/{name}" for name in names.split()} <= metrics.keys()
     assert "selfspec/acceptance_rate_pos_3" not in metrics

@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from trl_selfspec.cache import PagedCache
 from trl_selfspec.drafter import make_drafter
 from trl_selfspec.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
@@ -107,11 +106,7 @@ def spoil(engine: SelfSpecEngine, noise: float, seed: int = 0) -> None:
 
 def force_page_size(monkeypatch: pytest.MonkeyPatch, page_size: int | None) -> None:
     """Engines allocate pages of this size from here on; `None`: dense rows."""
-
-    def make(layers: int, rows: int, capacity: int, _: int | None, *args: object) -> PagedCache:
-        return PagedCache(layers, rows, capacity, page_size, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("trl_selfspec.engine.PagedCache", make)
+    monkeypatch.setattr("trl_selfspec.memory.page_size", lambda device: page_size)
 
 
 class Schedule:

@@ -4,15 +4,17 @@ Slot == position: the token at position s of a row lives in the row's slot s, an
 position p iff s <= p. Rejected drafts and padding lie beyond every visible position until they are overwritten, so
 there is no mask to keep and nothing to roll back. Slots lie in pages; a page table per row maps them. On a CPU one
 page spans a row and row r owns page r + 1, so attention reads dense rows without a gather. Page 0 takes the writes
-of padding.
+of padding. Storage comes and goes; the table keeps its address for the cache's life.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from trl_selfspec.transfer import to_device
 
 
 TRASH_PAGE = 0
@@ -31,15 +33,25 @@ class PagedLayer(CacheLayerMixin):
         self.owner = owner
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        owner = self.owner
-        dtype = owner.dtype or key_states.dtype
+        dtype = self.owner.dtype or key_states.dtype
 
-        def storage(states: Tensor) -> Tensor:  # zeros: a masked NaN from uninitialised memory would poison 0 * NaN
-            return states.new_zeros((owner.num_pages, owner.page_size, states.shape[1], states.shape[3]), dtype=dtype)
+        def no_pages(states: Tensor) -> Tensor:
+            return states.new_empty((0, self.owner.page_size, states.shape[1], states.shape[3]), dtype=dtype)
 
-        self.keys = storage(key_states)  # pyright: ignore[reportIncompatibleVariableOverride]
-        self.values = storage(value_states)  # pyright: ignore[reportIncompatibleVariableOverride]
+        self._put(no_pages(key_states), no_pages(value_states))
         self.is_initialized = True
+        self.allocate()
+
+    def allocate(self) -> None:
+        """Storage for all pages of the owner; pages that had some keep what they hold."""
+        if len(self.keys) < self.owner.num_pages:  # one after the other, so that only one is held twice
+            self._put(_grown(self.keys, self.owner.num_pages), self.values)
+            self._put(self.keys, _grown(self.values, self.owner.num_pages))
+
+    def _put(self, keys: Tensor, values: Tensor) -> None:
+        self.owner.storage_moved = True
+        self.keys = keys  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.values = values  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Writes `(B, K, T, D)` states, unless attention will, and hands them back unchanged."""
@@ -52,6 +64,7 @@ class PagedLayer(CacheLayerMixin):
     def write(self, key_states: Tensor, value_states: Tensor) -> None:
         """Writes `(B, K, T, D)` states to the current forward's slots."""
         index = self.owner.write_index
+        self.owner.storage_in_rounds |= self.owner.rows is None and not self.owner.fresh
         for storage, states in ((self.keys, key_states), (self.values, value_states)):
             flat = states.transpose(1, 2).reshape(-1, states.shape[1], states.shape[3])
             storage.flatten(0, 1).index_copy_(0, index, flat.to(storage.dtype))
@@ -68,8 +81,8 @@ class PagedLayer(CacheLayerMixin):
         self.values[targets, :num_slots] = layer.values[sources, :num_slots]
 
     def free(self) -> None:
-        del self.keys, self.values
-        self.is_initialized = False
+        """Gives up the storage but for its shape."""
+        self._put(*(states.new_empty(0, *states.shape[1:]) for states in (self.keys, self.values)))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.owner.num_slots, 0
@@ -90,6 +103,7 @@ class PagedCache(Cache):
         row_capacity: positions a row may hold, lookahead included.
         page_size: slots per page; `None` gives each row one page (dense rows, for CPUs).
         dtype: dtype of the storage; `None` takes that of the first keys written.
+        num_pages: pages to share among the rows, page 0 included; `None`: as many as all rows can ever need.
     """
 
     def __init__(
@@ -100,6 +114,7 @@ class PagedCache(Cache):
         page_size: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        num_pages: int | None = None,
     ) -> None:
         self.pages_of = [PagedLayer(self) for _ in range(num_layers)]  # by layer; transformers' `layers`, typed
         super().__init__(layers=list(self.pages_of))
@@ -107,14 +122,18 @@ class PagedCache(Cache):
         self.page_size = row_capacity if page_size is None else page_size
         self.pages_per_row = -(-row_capacity // self.page_size)
         self.row_capacity = self.pages_per_row * self.page_size
-        self.num_pages = 1 + max_rows * self.pages_per_row
         self.max_rows, self.dtype, self.device = max_rows, dtype, torch.device(device)
+        self.storage_moved = False  # since somebody last asked and reset it
+        self.storage_in_rounds = False  # rounds use the tensors themselves, so that captured ones must not outlive them
         self.attention_writes = False  # True: states are written by the attention function that `bind_cache` bound
+        self.num_pages = 1 + max_rows * self.pages_per_row if num_pages is None else num_pages
         self._pages: list[list[int]] = [[row + 1] if self.dense else [] for row in range(max_rows)]
         self._free = [] if self.dense else list(range(self.num_pages - 1, TRASH_PAGE, -1))
         self._owners = [0] * self.num_pages
-        self._table = torch.zeros(max_rows, self.pages_per_row, dtype=torch.int64, device=self.device)
-        self._sync_table(range(max_rows))
+        self._host_table = torch.zeros(max_rows, self.pages_per_row, dtype=torch.int64)
+        self._table = self._host_table.to(self.device)  # itself on a CPU
+        self._stale: set[int] = set()  # rows whose entries the device's table does not have yet
+        self._write_table(range(max_rows))
 
     # Current forward, set by `begin` and read by the attention function.
     rows: Tensor | None
@@ -133,6 +152,7 @@ class PagedCache(Cache):
         fresh: bool = False,
     ) -> None:
         """Announces a forward over `positions`; `fresh` means its keys are all there is (prefill from position 0)."""
+        self.sync_table()
         self.table = self._table[: len(positions)] if rows is None else self._table[rows]
         pages = self.table.gather(1, (positions // self.page_size).clamp_(max=self.pages_per_row - 1))
         if lengths is not None:
@@ -142,6 +162,19 @@ class PagedCache(Cache):
             positions = positions.clamp(max=num_slots - 1)  # padding that sees no key at all would become NaN
         self.positions, self.num_slots, self.rows, self.fresh = positions, num_slots, rows, fresh
         self._bias: dict[tuple[int | None, int, torch.dtype], Tensor] = {}
+
+    def sync_table(self) -> None:
+        """Brings the device's table up to date, in place: one copy of all that changed; the host does not wait for it.
+
+        `begin` does it too; a round that is replayed does not call `begin`, and needs it beforehand.
+        """
+        if self._stale and self._table is not self._host_table:
+            rows = slice(min(self._stale), max(self._stale) + 1)
+            changed = self._host_table[rows]
+            if self.device.type == "cuda":
+                changed = changed.pin_memory()  # a copy, so that the next change does not reach into this transfer
+            self._table[rows].copy_(changed, non_blocking=True)
+        self._stale.clear()
 
     @property
     def rows_in_place(self) -> bool:
@@ -178,16 +211,30 @@ class PagedCache(Cache):
             self._bias[key] = packed.reshape(num_rows, 1, repeats * num_queries, num_keys)
         return self._bias[key]
 
+    @property
+    def num_free(self) -> int:
+        """Pages that no row owns."""
+        return len(self._free)
+
+    def pages_for(self, num_slots: int) -> int:
+        return -(-num_slots // self.page_size)
+
+    def missing_pages(self, lengths: Sequence[int], lookahead: int) -> int:
+        """Pages that rows 0, 1, ... lack for so many slots each and `lookahead` more."""
+        held = (len(pages) for pages in self._pages)
+        needed = (self.pages_for(length + lookahead) for length in lengths)
+        return sum(max(n - m, 0) for n, m in zip(needed, held, strict=False))
+
     def reserve(self, row: int, num_slots: int) -> None:
-        """Gives `row` pages for slots 0..num_slots-1."""
+        """Gives `row` pages for slots 0..num_slots-1; that many have to be free."""
         assert num_slots <= self.row_capacity
-        missing = self._num_pages(num_slots) - len(self._pages[row])
-        for _ in range(missing):
+        pages = self._pages[row]
+        for index in range(len(pages), self.pages_for(num_slots)):
             page = self._free.pop()
             self._owners[page] = 1
-            self._pages[row].append(page)
-        if missing > 0:
-            self._sync_table([row])
+            pages.append(page)
+            self._host_table[row, index] = page
+            self._stale.add(row)
 
     def park(self, first: int) -> None:
         """Until they hold pages again, rows from `first` on write to the trash page; what they keep stays untouched.
@@ -195,7 +242,8 @@ class PagedCache(Cache):
         Only where rows have pages: rounds over dense rows stop at the last active one.
         """
         if not self.dense:
-            self._table[first:] = TRASH_PAGE
+            self._host_table[first:] = TRASH_PAGE
+            self._stale.update(range(first, self.max_rows))
 
     def rearrange(self, sources: Mapping[int, tuple[int, int]]) -> None:
         """Row t becomes a copy of the first n slots of row s, for all `{t: (s, n)}` at once; what t held is released.
@@ -206,7 +254,7 @@ class PagedCache(Cache):
             pairs = [(source + 1, row + 1) for row, (source, n) in sources.items() if n and row != source]
             self._copy_pages(pairs, max((n for _, n in sources.values()), default=0))
             return
-        taken = {row: self._pages[source][: self._num_pages(n)] for row, (source, n) in sources.items()}
+        taken = {row: self._pages[source][: self.pages_for(n)] for row, (source, n) in sources.items()}
         for page in chain.from_iterable(taken.values()):
             self._owners[page] += 1
         for row, pages in taken.items():
@@ -220,34 +268,55 @@ class PagedCache(Cache):
                 pages[-1] = copies[-1][1]
                 self._owners[pages[-1]] = 1
         self._copy_pages(copies, self.page_size)
-        self._sync_table(list(sources))
+        self._write_table(sources)
 
     def adopt(self, other: "PagedCache", sources: Sequence[tuple[int, int]]) -> None:
         """Row i becomes a copy of the first n slots of `other`'s row s, for each `(s, n)`; `other` loses its storage.
 
-        Layer by layer, so that at most one layer is held twice.
+        Layer by layer, so that at most one layer is held twice. Rows that shared pages have their own from here on.
         """
         assert self.dense == other.dense and (self.dense or self.page_size == other.page_size)
         pairs: list[tuple[int, int]] = []
         for row, (source, n) in enumerate(sources):
             self.reserve(row, n)
-            used = self._num_pages(n)
+            used = self.pages_for(n)
             pairs += zip(other._pages[source][:used], self._pages[row][:used], strict=True)
-        pages = self._page_pairs(pairs)
+        pages = to_device(pairs, self.device).view(-1, 2)
         num_slots = max((n for _, n in sources), default=0) if self.dense else self.page_size
         for mine, theirs in zip(self.pages_of, other.pages_of, strict=True):
             if theirs.is_initialized:
                 mine.lazy_initialization(theirs.keys.transpose(1, 2), theirs.values.transpose(1, 2))
-                mine.copy_pages(theirs, pages, num_slots)
+                if pairs:
+                    mine.copy_pages(theirs, pages, num_slots)
                 theirs.free()
+
+    def allocate(self, num_pages: int) -> None:
+        """Has at least this many pages from here on, page 0 included, and storage for them; rows keep what they hold.
+
+        Layer by layer, so that at most one layer is held twice.
+        """
+        if num_pages > self.num_pages:
+            self._free[:0] = range(num_pages - 1, self.num_pages - 1, -1)
+            self._owners += [0] * (num_pages - self.num_pages)
+            self.num_pages = num_pages
+        for layer in self.pages_of:
+            if layer.is_initialized:
+                layer.allocate()
+
+    def free(self) -> None:
+        """Gives up the storage of all pages, and the pages, until `allocate`; no row holds anything then."""
+        assert not self.dense, "the pages of dense rows are the rows"
+        self._pages = [[] for _ in range(self.max_rows)]
+        self.num_pages, self._free, self._owners = 1, [], [0]
+        self._write_table(range(self.max_rows))
+        for layer in self.pages_of:
+            if layer.is_initialized:
+                layer.free()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all pages of all layers that have been written to."""
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.pages_of if layer.is_initialized)
-
-    def _num_pages(self, num_slots: int) -> int:
-        return -(-num_slots // self.page_size)
 
     def _release(self, row: int) -> None:
         """Returns the row's pages; a shared page returns with its last owner."""
@@ -259,15 +328,21 @@ class PagedCache(Cache):
     def _copy_pages(self, pairs: Sequence[tuple[int, int]], num_slots: int) -> None:
         if not pairs:
             return
-        pages = self._page_pairs(pairs)
+        pages = to_device(pairs, self.device)
         for layer in self.pages_of:
             if layer.is_initialized:
                 layer.copy_pages(layer, pages, num_slots)
 
-    def _page_pairs(self, pairs: Sequence[tuple[int, int]]) -> Tensor:
-        return torch.tensor(pairs, dtype=torch.int64, device=self.device).view(-1, 2)
+    def _write_table(self, rows: Iterable[int]) -> None:
+        for row in rows:
+            pages = self._pages[row]
+            self._host_table[row] = TRASH_PAGE
+            self._host_table[row, : len(pages)] = torch.tensor(pages, dtype=torch.int64)
+            self._stale.add(row)
 
-    def _sync_table(self, rows: Sequence[int]) -> None:
-        padded = [self._pages[row] + [TRASH_PAGE] * (self.pages_per_row - len(self._pages[row])) for row in rows]
-        if padded:
-            self._table[list(rows)] = torch.tensor(padded, device=self.device)
+
+def _grown(storage: Tensor, num_pages: int) -> Tensor:
+    """Zeros behind what is there: a masked NaN from uninitialised memory would poison 0 * NaN."""
+    grown = storage.new_zeros(num_pages, *storage.shape[1:])
+    grown[: len(storage)] = storage
+    return grown

@@ -55,7 +55,15 @@ class SelfSpecConfigMixin:
 
         selfspec_max_batch_size (`int`, *optional*):
             Number of sequences decoded at once; further prompts wait and are admitted as others finish. If `None`, it
-            follows from the free memory.
+            follows from the free memory; on a GPU it is at most 256.
+        selfspec_kv_memory_fraction (`float`, *optional*, defaults to `0.5`):
+            How much of the memory that is free when a rollout starts may hold keys and values; the rest is for
+            activations and logits. On a GPU, rows get pages as they grow: when there are none left, the newest rows
+            are paused and computed again later, which changes no token and is logged as `selfspec/paused_rows`. If
+            that happens often, lower `selfspec_max_batch_size` or raise this.
+        selfspec_release_kv_cache (`bool`, *optional*, defaults to `True`):
+            Whether to free the keys and values after each generation, so that training has the memory. `False` holds
+            them for the next one.
         selfspec_cuda_graphs (`bool` or `str`, *optional*, defaults to `"auto"`):
             Whether to capture rounds in CUDA graphs. `"auto"` runs eagerly what can't be captured, after one warning;
             `True` raises there, and without a GPU.
@@ -114,8 +122,19 @@ class SelfSpecConfigMixin:
         default=None,
         metadata={
             "help": "Number of sequences decoded at once; further prompts wait and are admitted as others finish. If "
-            "`None`, it follows from the free memory."
+            "`None`, it follows from the free memory; on a GPU it is at most 256."
         },
+    )
+    selfspec_kv_memory_fraction: float = field(
+        default=0.5,
+        metadata={
+            "help": "How much of the memory that is free when a rollout starts may hold keys and values. When a GPU's "
+            "pages run out, the newest rows are paused and computed again later, which changes no token."
+        },
+    )
+    selfspec_release_kv_cache: bool = field(
+        default=True,
+        metadata={"help": "Whether to free the keys and values after each generation, for training to use."},
     )
     selfspec_cuda_graphs: int | str | None = field(
         default="auto",

@@ -22,7 +22,7 @@ from trl_selfspec.forms import measured_choice
 from trl_selfspec.graphs import CudaCapture, GraphPool
 from trl_selfspec.kept import KeptRows
 from trl_selfspec.law import SamplingLaw, effective_generation_config
-from trl_selfspec.memory import affordable_rows
+from trl_selfspec.memory import KVMemory, warn_if_scarce
 from trl_selfspec.mirror import Mirror, UnsupportedModelError
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.quantize import resolve_qtype
@@ -37,8 +37,6 @@ from trl_selfspec.verification import CoupledVerification, GreedyVerification, R
 
 __all__ = ["Progress", "RolloutOutput", "SelfSpecEngine", "UnsupportedModelError"]
 
-GPU_PAGE_SIZE = 64
-GPU_CAPACITY_STEP = 1024  # positions: a cache that grew with every longer prompt would cost its graphs each time
 VERIFICATIONS: dict[str, Callable[[torch.Tensor, int], Verification]] = {
     "rejection": RejectionVerification,
     "coupled": CoupledVerification,
@@ -105,6 +103,8 @@ class SelfSpecEngine:
         self._drafter: torch.nn.Module | None = None
         self._drafter_version, self._wanted_version = 0, self._mirror.version
         self._refresh_s = 0.0
+        kv_dtype = self.autocast_dtype  # None: the dtype of the keys themselves
+        self._memory = KVMemory(self._mirror.num_layers, self._text_config, self._dtype, kv_dtype, self.options)
         self._kept: KeptRows | None = None  # None: no cache is allocated
         self._state: RowState | None = None  # as long as the cache
         self._seed = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -184,19 +184,30 @@ class SelfSpecEngine:
             on_error.callback(self.release)  # a failed rollout may leave NaN, which spreads through masked keys too
             rollout.run()
             on_error.pop_all()
+        rollout.kept.cache.storage_moved = False  # layers allocate in their first forward, before any is captured
         self._form.add(rollout.stats)
+        warn_if_scarce(rollout.stats)
         rollout.stats.refresh_s, self._refresh_s = self._refresh_s, 0.0
-        rollout.stats.drafter_bytes = self.drafter_bytes
+        rollout.stats.drafter_bytes, rollout.stats.kv_bytes = self.drafter_bytes, rollout.kept.cache.nbytes
+        if self.options.release_kv_cache and self.device.type == "cuda" and not keep:
+            self.release()
         policy_logprobs = rollout.logprobs if law.is_full_softmax else rollout.policy_logprobs
         return RolloutOutput(rollout.completions, rollout.logprobs, policy_logprobs, rollout.stats)
 
     def release(self) -> None:
         """Frees the keys and values, those kept for later turns included; the next rollout allocates anew."""
-        self._kept = self._state = self._sampling = None
-        self._graphs.clear()
+        if self._kept is not None:
+            self._kept = self._memory.release(self._kept)
         for tree in (self._mirror.model, self._drafter):
             if tree is not None:
                 bind_cache(tree, None)
+
+    def end_conversation(self) -> None:
+        """Forgets the rows kept for later turns; frees keys and values too, unless `release_kv_cache` is off."""
+        if self.options.release_kv_cache:
+            self.release()
+        elif self._kept is not None:
+            self._kept.forget()
 
     @property
     def drafter_bytes(self) -> int:
@@ -233,16 +244,14 @@ class SelfSpecEngine:
         on_round: Callable[[Progress], None] | None,
         keep: bool,
     ) -> Rollout:
-        capacity = max(request.limit for request in requests) + self.options.longest_draft + 1
-        if self.device.type != "cpu":
-            capacity = -(-capacity // GPU_CAPACITY_STEP) * GPU_CAPACITY_STEP
-        held_bytes = 0 if self._kept is None else self._kept.cache.nbytes
-        max_rows = self.options.max_batch_size or affordable_rows(
-            self._text_config, self._dtype, capacity, self.device, held_bytes
-        )
-        max_rows = min(max_rows, len(requests))
-        kept = self._allocate(max_rows, capacity, requests)
-        cache = kept.cache
+        before, kept = self._kept, self._memory.allocate(requests, self._kept, self.device)
+        self._kept, cache = kept, kept.cache
+        new = self._state is None or before is None or before.cache is not cache
+        if new:
+            self._state = RowState(cache.max_rows, cache.row_capacity, self.device)
+        if new or (cache.storage_moved and cache.storage_in_rounds):
+            self._graphs.clear()
+        bind_cache(self._mirror.model, cache)
         # Rows may be fewer than requests: those with a history go first, before the others need its place.
         requests.sort(key=lambda request: -kept.longest_prefix(request.prompt)[1])
         assert self._state is not None
@@ -273,7 +282,7 @@ class SelfSpecEngine:
             return seconds
 
         current = self._drafter_version == self._wanted_version
-        scheduler = Scheduler(requests, max_rows)
+        scheduler = Scheduler(requests, min(cache.max_rows, len(requests)))
         return Rollout(runner, scheduler, kept, self.controller, prepare_drafter, current, keep, on_round)
 
     def _verification(self, seed: torch.Tensor) -> Verification:
@@ -288,21 +297,6 @@ class SelfSpecEngine:
                 )
             return GraphPool()
         return GraphPool(CudaCapture(self.device), required=choice is True) if choice else GraphPool()
-
-    def _allocate(self, max_rows: int, capacity: int, requests: list[Request]) -> KeptRows:
-        """A cache of at least this size, with what these requests can use of the rows kept so far."""
-        kept = self._kept
-        if kept is None or kept.cache.max_rows < max_rows or kept.cache.row_capacity < capacity:
-            self._kept = None
-            page_size = None if self.device.type == "cpu" else GPU_PAGE_SIZE
-            kv_dtype = self.autocast_dtype  # None: the dtype of the keys themselves
-            cache = PagedCache(self._mirror.num_layers, max_rows, capacity, page_size, kv_dtype, self.device)
-            prompts = (request.prompt for request in requests)
-            self._kept = kept = KeptRows(cache) if kept is None else kept.move_to(cache, prompts)
-            self._state = RowState(cache.max_rows, cache.row_capacity, self.device)
-            self._graphs.clear()
-        bind_cache(self._mirror.model, kept.cache)
-        return kept
 
     def _current_drafter(self, cache: PagedCache) -> torch.nn.Module:
         """The drafter, quantized from the weights that `refresh` asked for."""

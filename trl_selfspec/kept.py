@@ -5,7 +5,7 @@ Kept rows cost no memory: they lie in rows that no request needs, and give way a
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from trl_selfspec.cache import PagedCache
 
@@ -51,14 +51,27 @@ class KeptRows:
         self.forget(rows)
         return [num_tokens for _, num_tokens in found]
 
+    def evict(self, spare: Container[int] = ()) -> bool:
+        """Gives up the row that was kept first, but none of `spare`; returns whether there was one."""
+        row = next((row for row in self._tokens if row not in spare), None)
+        if row is None:
+            return False
+        self.cache.rearrange({row: (row, 0)})
+        self.forget([row])
+        return True
+
     def move_to(self, cache: PagedCache, prompts: Iterable[Tokens]) -> "KeptRows":
-        """Moves what these prompts can use to an empty cache, as far as that has rows; the old one loses all."""
+        """Moves what these prompts can use to an empty cache, as far as that has room; the old one loses all."""
         used: dict[int, Tokens] = {}
         for prompt in prompts:
             row, num_tokens = self.longest_prefix(prompt)
             if num_tokens > len(used.get(row, ())):
                 used[row] = prompt[:num_tokens]
-        moved, rows = KeptRows(cache), list(used.items())[: cache.max_rows]
+        moved, rows, num_free = KeptRows(cache), [], cache.num_free
+        for row, tokens in used.items():
+            num_free -= 0 if cache.dense else cache.pages_for(len(tokens))
+            if len(rows) < cache.max_rows and num_free >= 0:
+                rows.append((row, tokens))
         cache.adopt(self.cache, [(row, len(tokens)) for row, tokens in rows])
         for row, (_, tokens) in enumerate(rows):
             moved.keep(row, tokens)

@@ -1,11 +1,37 @@
-"""How many rows fit: the key/value budget of a rollout."""
+"""How much memory the keys and values of a rollout get, and how many rows share it.
+
+A GPU's rows grow page by page, so there the number of pages comes from a budget and rows are as many as find pages: a
+batch that can't all reach its limits is paused in part when the pages run out, which costs less than a small batch
+from the start. Where rows are dense (CPUs), memory is as much as all rows at their limits can need, and rows are as
+many as that affords.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
 
 import psutil
 import torch
 from transformers import PretrainedConfig
+from transformers.utils import logging
+
+from trl_selfspec.cache import PagedCache
+from trl_selfspec.kept import KeptRows
+from trl_selfspec.options import SelfSpecOptions
+from trl_selfspec.scheduler import Request
+from trl_selfspec.stats import RolloutStats
 
 
-KV_SHARE = 0.5  # of the memory that is free when a rollout starts; the rest is for activations and sampling
+logger = logging.get_logger(__name__)
+
+GPU_PAGE_SIZE = 64
+MAX_ROWS = 256  # in pages, unless the user says: more rows gain little speed, and their logits take memory too
+SCARCE = 0.05  # share of a rollout's tokens that may be computed again without a warning
+CAPACITY_STEPS = 8  # lengths per power of two: a table that fits many rollouts is not replaced, which costs graphs
+
+
+def page_size(device: torch.device) -> int | None:
+    """Slots per page; `None`: a page spans a row."""
+    return None if device.type == "cpu" else GPU_PAGE_SIZE
 
 
 def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
@@ -16,16 +42,112 @@ def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
     return 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
 
 
-def affordable_rows(
-    config: PretrainedConfig, dtype: torch.dtype, row_capacity: int, device: torch.device, held_bytes: int = 0
-) -> int:
-    """Rows of `row_capacity` positions whose keys and values fit into `KV_SHARE` of the free memory, at least one.
-
-    `held_bytes` are those of the cache that the new one replaces: they count as free.
-    """
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can be allocated, those that torch holds without using them included."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    else:
-        free = psutil.virtual_memory().available
-    return max(1, int(KV_SHARE * (free + held_bytes)) // (kv_bytes_per_token(config, dtype) * row_capacity))
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available
+
+
+def warn_if_scarce(stats: RolloutStats) -> None:
+    """Says what to change if a rollout computed much of its tokens again."""
+    if stats.recomputed_tokens > SCARCE * (stats.prompt_tokens + stats.completion_tokens):
+        logger.warning_once(
+            "The pages for keys and values ran out, and many tokens were computed again for rows that had been paused "
+            "(`selfspec/paused_rows`, `selfspec/recomputed_tokens`). Samples are the same, but slower: lower "
+            "`max_batch_size` or the completion length, or raise `kv_memory_fraction`."
+        )
+
+
+class KVMemory:
+    """Allocates an engine's cache to fit each rollout.
+
+    Args:
+        num_layers: layers of the model.
+        config: the text config, for head counts.
+        dtype: dtype in which the model runs.
+        kv_dtype: dtype of keys and values; `None`: as they come.
+        options: `max_batch_size`, `kv_memory_fraction`, and the longest draft.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        config: PretrainedConfig,
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype | None,
+        options: SelfSpecOptions,
+    ) -> None:
+        self._num_layers, self._kv_dtype, self._options = num_layers, kv_dtype, options
+        self._token_bytes = kv_bytes_per_token(config, kv_dtype or dtype)
+
+    def allocate(self, requests: Sequence[Request], kept: KeptRows | None, device: torch.device) -> KeptRows:
+        """The cache `kept`, or one that can hold the requests, with what they can use of the rows kept so far.
+
+        Raises:
+            ValueError: the budget does not hold the longest row; says the numbers and what to change.
+        """
+        old = None if kept is None else kept.cache
+        slots = page_size(device)
+        capacity = max(map(self._slots, requests))
+        free = free_bytes(device) + (0 if old is None else old.nbytes)
+        budget = int(self._options.kv_memory_fraction * free)
+        if slots is None:
+            affordable = max(1, budget // (self._token_bytes * capacity))
+            max_rows, num_pages = min(self._options.max_batch_size or affordable, len(requests)), None
+        else:
+            max_rows = min(self._options.max_batch_size or MAX_ROWS, len(requests))
+            held = 0 if old is None else old.num_pages - 1
+            affordable = max(held, budget // (self._token_bytes * slots))
+            self._check(-(-capacity // slots), affordable, slots, free)
+            num_pages = 1 + min(affordable, self._needed_pages(requests, max_rows, slots))
+        if kept is None or old is None or old.max_rows < max_rows or old.row_capacity < capacity:
+            if slots is not None:
+                capacity = _rounded_up(capacity)
+                if old is not None:
+                    max_rows, capacity = max(max_rows, old.max_rows), max(capacity, old.row_capacity)
+            cache = PagedCache(self._num_layers, max_rows, capacity, slots, self._kv_dtype, device, num_pages)
+            return KeptRows(cache) if kept is None else kept.move_to(cache, (request.prompt for request in requests))
+        if num_pages is not None:
+            old.allocate(num_pages)
+        return kept
+
+    def release(self, kept: KeptRows) -> KeptRows | None:
+        """Gives all storage back. Pages leave their table behind, at its address: captured graphs read it there."""
+        if kept.cache.dense:
+            return None
+        kept.forget()
+        kept.cache.free()
+        return kept
+
+    def _slots(self, request: Request) -> int:
+        """Positions that a row may write to."""
+        return request.limit + self._options.longest_draft + 1
+
+    def _needed_pages(self, requests: Sequence[Request], max_rows: int, slots: int) -> int:
+        """Pages with which no row is ever paused and none waits: those of the longest rows, or of all with what they
+        share, and the one per row that `Admission` leaves free."""
+        pages = [-(-self._slots(request) // slots) for request in requests]
+        groups = Counter(request.prompt for request in requests)
+        twice = sum((groups[prompt] - 1) * ((len(prompt) - 1) // slots) for prompt in groups)
+        return min(sum(sorted(pages)[-max_rows:]), sum(pages) - twice) + max_rows
+
+    def _check(self, needed: int, affordable: int, slots: int, free: int) -> None:
+        if needed > affordable:
+            page_bytes, fraction = slots * self._token_bytes, self._options.kv_memory_fraction
+            raise ValueError(
+                f"The keys and values of one row of {needed * slots} tokens, its draft included, need "
+                f"{_mib(needed * page_bytes)}, but `kv_memory_fraction={fraction}` of the {_mib(free)} that are free "
+                f"gives {_mib(affordable * page_bytes)}; raise `kv_memory_fraction`, or lower the completion length "
+                "(`max_completion_length`, `max_new_tokens`)."
+            )
+
+
+def _rounded_up(num_slots: int) -> int:
+    step = max(1, 2 ** (num_slots.bit_length() - 1) // CAPACITY_STEPS)
+    return -(-num_slots // step) * step
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"

@@ -102,7 +102,7 @@ class SelfSpecMixin(_Trainer):
         finally:
             self._generating = False
             if self._engine is not None:
-                self._engine.release()
+                self._engine.end_conversation()
         gathered = self._rollout.gather(self.accelerator)
         self._tallies[self._mode] += gathered
         if self.model.training:
@@ -177,7 +177,7 @@ class SelfSpecMixin(_Trainer):
                 )
         finally:
             if not self._generating:
-                engine.release()
+                engine.end_conversation()
         self._rollout.add_turn(output.stats)
         return output.completion_ids, output.policy_logprobs
 

@@ -39,8 +39,14 @@ class SelfSpecOptions:
             (Daliri, Musco, Suresh 2024, arXiv 2408.07978) also keeps every sample token for token, whatever the
             draft length.
         refresh_interval: requantize the drafter every this many optimizer steps (the target follows every step).
-        max_batch_size: rows decoded at once; further prompts wait and are admitted as rows finish. `None`: from free
-            memory.
+        max_batch_size: rows decoded at once; further prompts wait and are admitted as rows finish. `None`: on a GPU up
+            to 256, as far as the pages of keys and values suffice; on a CPU as many as fit at their full length.
+        kv_memory_fraction: how much of the memory that is free when a rollout starts may hold keys and values; the
+            rest is for activations, logits and whatever else runs. On a GPU, rows get pages as they grow: when there
+            are none left, the newest rows are paused and computed again later (`stats.paused_rows`).
+        release_kv_cache: on a GPU, free the keys and values after each `generate` (after the last turn of a
+            conversation with `keep`), so that training has the memory. `False` holds them until `release`. On a CPU
+            `generate` holds them in any case; either way the trainers follow it after each generation.
         cuda_graphs: capture rounds on CUDA. `"auto"` runs eagerly what can't be captured, after one warning; `True`
             raises instead.
         quantize_lm_head: quantize the drafter's output head too.
@@ -56,6 +62,8 @@ class SelfSpecOptions:
     verification: Literal["rejection", "coupled"] = "rejection"
     refresh_interval: int = 1
     max_batch_size: int | None = None
+    kv_memory_fraction: float = 0.5
+    release_kv_cache: bool = True
     cuda_graphs: bool | Literal["auto"] = "auto"
     quantize_lm_head: bool = True
 
@@ -82,12 +90,16 @@ class SelfSpecOptions:
         _check_int("refresh_interval", self.refresh_interval, 1)
         if self.max_batch_size is not None:
             _check_int("max_batch_size", self.max_batch_size, 1)
+        fraction = self.kv_memory_fraction
+        in_range = isinstance(fraction, float) and 0 < fraction < 1
+        _require(in_range, "kv_memory_fraction", fraction, "use a float above 0 and below 1")
         _require(
             self.cuda_graphs == "auto" or isinstance(self.cuda_graphs, bool),
             "cuda_graphs",
             self.cuda_graphs,
             'use "auto" or a bool',
         )
+        _require(isinstance(self.release_kv_cache, bool), "release_kv_cache", self.release_kv_cache, "use a bool")
         _require(isinstance(self.quantize_lm_head, bool), "quantize_lm_head", self.quantize_lm_head, "use a bool")
 
     @property

@@ -49,14 +49,15 @@ class Tally:
 
     def to_vector(self) -> list[float]:
         return [
-            *map(float, (self.generations, self.turns, self.fallbacks, self.stats.drafter_bytes)),
+            *map(float, (self.generations, self.turns, self.fallbacks, *self.stats.maxima())),
             *self.stats.to_vector(),
         ]
 
     @classmethod
     def from_vector(cls, vector: list[float]) -> Self:
-        generations, turns, fallbacks, drafter_bytes = map(round, vector[:4])
-        return cls(RolloutStats.from_vector(vector[4:], drafter_bytes), generations, turns, fallbacks)
+        first = 3 + len(RolloutStats().maxima())  # where the sums begin
+        generations, turns, fallbacks, *maxima = map(round, vector[:first])
+        return cls(RolloutStats.from_vector(vector[first:], maxima), generations, turns, fallbacks)
 
     def gather(self, accelerator: Any) -> "Tally":
         """The sum over all ranks; collective."""

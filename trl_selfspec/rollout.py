@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
-
+from trl_selfspec.admission import Admission
 from trl_selfspec.controller import Controller
 from trl_selfspec.kept import KeptRows
 from trl_selfspec.rounds import RoundResult, RoundRunner
 from trl_selfspec.scheduler import Request, Scheduler
 from trl_selfspec.stats import RolloutStats
+from trl_selfspec.transfer import to_device
 
 
 PREFILL_TOKENS = 4096  # padded tokens per prefill forward: bounds its activations
@@ -30,7 +30,7 @@ class Progress:
 
 
 class Span(NamedTuple):
-    """Prompt tokens of a row whose keys are to be computed."""
+    """Tokens of a row whose keys are to be computed."""
 
     row: int
     start: int
@@ -72,11 +72,12 @@ class Rollout:
             self._admit()
             if self.on_round is not None:
                 self._report(gamma, time.perf_counter() - start)
+        assert not self.scheduler.waiting, "every request fits into an empty cache"
         self.stats.rollout_s += time.perf_counter() - start
 
     def _decode(self) -> RoundResult:
-        num_rows = self.scheduler.num_active
-        pending = self.runner.plain(num_rows, self._reserve(lookahead=0))
+        num_slots, num_rows = self._reserve(lookahead=0), self.scheduler.num_active
+        pending = self.runner.plain(num_rows, num_slots)
         result = pending.result()
         (seconds,) = pending.laps()
         if pending.typical:
@@ -85,7 +86,6 @@ class Rollout:
         return result
 
     def _speculate(self, gamma: int) -> RoundResult:
-        num_rows = self.scheduler.num_active
         requantize_s = self.prepare_drafter()
         self.controller.observe_requantize(requantize_s)
         self.stats.requantize_s += requantize_s
@@ -93,7 +93,8 @@ class Rollout:
         if self.stats.num_rounds_speculative == 0:
             self.stats.toggle_active_sequences_sum += self.scheduler.num_unfinished
             self.stats.toggle_count += 1
-        pending = self.runner.speculative(num_rows, gamma, self._reserve(lookahead=gamma))
+        num_slots, num_rows = self._reserve(lookahead=gamma), self.scheduler.num_active
+        pending = self.runner.speculative(num_rows, gamma, num_slots)
         result = pending.result()
         draft_s, verify_s = pending.laps()
         accepted = [sum(n > i for n in result.accepted) for i in range(gamma)]
@@ -109,11 +110,19 @@ class Rollout:
         return result
 
     def _reserve(self, lookahead: int) -> int:
-        """Makes room for this round's writes; returns how many slots attention has to read."""
+        """Makes room for this round's writes, if need be at the cost of the newest rows.
+
+        Returns how many slots attention has to read.
+        """
         cache, lengths = self.runner.cache, self.scheduler.lengths
         if not cache.dense:
+            while cache.missing_pages(lengths, lookahead) > cache.num_free:
+                if not self.kept.evict():
+                    assert self.scheduler.num_active > 1, "the cache holds one row to its limit"
+                    self._pause(self.scheduler.newest())
             for row, length in enumerate(lengths):
                 cache.reserve(row, length + lookahead)
+            cache.sync_table()
         longest = max(lengths) + lookahead
         return min(-(-longest // SLOT_QUANTUM) * SLOT_QUANTUM, cache.row_capacity)
 
@@ -124,7 +133,7 @@ class Rollout:
                 "The policy's logits are not finite, so no token can be drawn; check for NaN in its weights (a loss "
                 "that diverged, a learning rate that is too high, fp16 overflow)."
             )
-        scheduler, state, cache = self.scheduler, self.runner.state, self.runner.cache
+        scheduler, cache = self.scheduler, self.runner.cache
         for row, emitted in enumerate(result.emitted):
             scheduler.lengths[row] += emitted
         for row in range(scheduler.num_active - 1, -1, -1):
@@ -134,56 +143,82 @@ class Rollout:
             if (sibling := scheduler.waiting_sibling(row)) is not None:  # its prompt's keys are in place
                 scheduler.replace(row, sibling)
                 self._place(row, sibling)
+                cache.rearrange({row: (row, len(sibling.prompt) - 1)})
                 continue
-            num_keys = scheduler.lengths[row] - 1 if self.keep else 0  # the last token has been drawn, not read
+            num_keys = scheduler.lengths[row] - 1 if self.keep else 0
             last = scheduler.retire(row)
-            moves = {last: (row, num_keys)}
-            if last != row:
-                state.move(last, row)
-                moves[row] = last, scheduler.lengths[row]
-            cache.rearrange(moves)
+            self._vacate(row, last, num_keys)
             self.kept.keep(last, tokens[:num_keys])
-        if any(result.finished):
-            state.park(scheduler.num_active)
-            cache.park(scheduler.num_active)
+
+    def _pause(self, row: int) -> None:
+        """Gives a row's pages back; later it goes on from its tokens so far, and draws what it would have drawn."""
+        tokens, request = self._take_down(row), self.scheduler.active[row]
+        last = self.scheduler.pause(row, tokens[len(request.prompt) :])
+        self._vacate(row, last, num_keys=0)
+        self.stats.paused_rows += 1
+
+    def _vacate(self, row: int, last: int, num_keys: int) -> None:
+        """Follows the scheduler, which put the last row in this one's place; `num_keys` keys stay where that was."""
+        moves = {last: (row, num_keys)}
+        if last != row:
+            self.runner.state.move(last, row)
+            moves[row] = last, self.scheduler.lengths[row] - 1  # the last token has been drawn, not read
+        self.runner.cache.rearrange(moves)
+        self.runner.cache.park(self.scheduler.num_active)
+        self.runner.state.park(self.scheduler.num_active)
 
     def _store(self, row: int) -> tuple[int, ...]:
         """Takes down a finished row's results; returns all its tokens."""
-        request, end = self.scheduler.active[row], self.scheduler.lengths[row]
-        new, state = slice(len(request.prompt), end), self.runner.state
-        self.completions[request.row_id] = state.tokens[row, new].tolist()
-        self.logprobs[request.row_id] = state.logprobs[row, new].tolist()
-        self.policy_logprobs[request.row_id] = state.policy_logprobs[row, new].tolist()
         self.stats.num_rows += 1
-        self.stats.prompt_tokens += len(request.prompt)
-        self.stats.completion_tokens += end - len(request.prompt)
+        self.stats.prompt_tokens += len(self.scheduler.active[row].prompt)
+        return self._take_down(row)
+
+    def _take_down(self, row: int) -> tuple[int, ...]:
+        """Adds what a row has drawn since it was admitted to its results; returns all its tokens."""
+        request, end = self.scheduler.active[row], self.scheduler.lengths[row]
+        new, state = slice(len(request.tokens), end), self.runner.state
+        self.completions[request.row_id] += state.tokens[row, new].tolist()
+        self.logprobs[request.row_id] += state.logprobs[row, new].tolist()
+        self.policy_logprobs[request.row_id] += state.policy_logprobs[row, new].tolist()
+        self.stats.completion_tokens += end - len(request.tokens)
         return (*request.prompt, *self.completions[request.row_id])
 
     def _admit(self) -> None:
-        rows = self.scheduler.admit()
+        cache, scheduler = self.runner.cache, self.scheduler
+        rows = scheduler.admit(Admission(cache, self.kept, scheduler).fits)
         if not rows:
             return
         start = time.perf_counter()
         for row in rows:
-            self._place(row, self.scheduler.active[row])
-        groups = self.scheduler.prefix_groups(rows)
+            self._place(row, scheduler.active[row])
+        groups = scheduler.prefix_groups(rows)
         new = [holder for holder, _ in groups if holder >= rows[0]]
-        starts = self.kept.seat(new, [self.scheduler.active[row].prompt for row in new])
+        starts = self.kept.seat(new, [scheduler.active[row].tokens for row in new])
         self.kept.forget(rows)
-        self.stats.reused_prompt_tokens += sum(starts)
-        for spans in self._prefill_batches(new, starts):
-            self._prefill(spans)
-        for holder, members in groups:
-            prefix = holder, len(self.scheduler.active[holder].prompt) - 1
-            self.runner.cache.rearrange(dict.fromkeys(members, prefix))
+        self._fill(new, starts)
+        shared = {
+            row: (holder, len(scheduler.active[holder].prompt) - 1) for holder, members in groups for row in members
+        }
+        cache.rearrange(shared)
+        self._fill(list(shared), [num_tokens for _, num_tokens in shared.values()])  # of rows that were paused
+        self.stats.reused_prompt_tokens += sum(
+            start for row, start in zip(new, starts, strict=True) if not scheduler.active[row].done
+        )
         self.stats.prefill_s += time.perf_counter() - start
 
     def _place(self, row: int, request: Request) -> None:
-        self.runner.state.admit(row, request.prompt, request.limit, request.row_id)
+        self.runner.state.admit(row, request.prompt, request.limit, request.row_id, request.done)
+
+    def _fill(self, rows: list[int], starts: list[int]) -> None:
+        """Computes the keys of these rows' tokens from `starts` on."""
+        for spans in self._prefill_batches(rows, starts):
+            self._prefill(spans)
+            resumed = [span.width for span in spans if self.scheduler.active[span.row].done]
+            self.stats.recomputed_tokens += sum(resumed)
 
     def _prefill_batches(self, rows: list[int], starts: list[int]) -> Iterator[list[Span]]:
         """Splits rows into forwards of similar lengths and bounded size; fresh rows have forwards of their own."""
-        ends = [len(self.scheduler.active[row].prompt) - 1 for row in rows]
+        ends = [self.scheduler.lengths[row] - 1 for row in rows]
         spans = [Span(*span) for span in zip(rows, starts, ends, strict=True)]
         batch: list[Span] = []
         for span in sorted((span for span in spans if span.width), key=lambda span: (span.start > 0, span.width)):
@@ -196,11 +231,11 @@ class Rollout:
             yield batch
 
     def _prefill(self, spans: list[Span]) -> None:
-        """Keys and values of all prompt tokens but the last, so that the first round is an ordinary one."""
+        """Keys and values of all tokens but the last, so that the first round is an ordinary one."""
         runner, device = self.runner, self.runner.state.tokens.device
         for span in spans:
             runner.cache.reserve(span.row, span.end)
-        rows, starts, ends = torch.tensor([(span.row, span.start, span.end) for span in spans], device=device).T
+        rows, starts, ends = to_device(list(zip(*spans, strict=True)), device)
         longest, num_slots = max(span.width for span in spans), max(span.end for span in spans)
         fresh = spans[0].start == 0
         width = longest if fresh else min(longest, max(1, PREFILL_SCORES // (len(spans) * num_slots)))
@@ -209,6 +244,6 @@ class Rollout:
 
     def _report(self, gamma: int, seconds: float) -> None:
         assert self.on_round is not None
-        in_flight = sum(n - len(r.prompt) for n, r in zip(self.scheduler.lengths, self.scheduler.active, strict=True))
+        in_flight = sum(n - len(r.tokens) for n, r in zip(self.scheduler.lengths, self.scheduler.active, strict=True))
         tokens = self.stats.completion_tokens + in_flight
         self.on_round(Progress(self.scheduler.num_unfinished, tokens, tokens / seconds, gamma))

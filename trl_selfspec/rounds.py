@@ -48,10 +48,11 @@ class RowState:
     def capacity(self) -> int:
         return self.tokens.shape[1]
 
-    def admit(self, row: int, prompt: Sequence[int], limit: int, row_id: int) -> None:
-        """Places a prompt; the row ends at the latest when it holds `limit` tokens."""
-        self.tokens[row, : len(prompt)] = torch.tensor(prompt)
-        self.lengths[row] = self.prompt_lengths[row] = len(prompt)
+    def admit(self, row: int, prompt: Sequence[int], limit: int, row_id: int, done: Sequence[int] = ()) -> None:
+        """Places a prompt and what was generated before; the row ends at the latest when it holds `limit` tokens."""
+        length = len(prompt) + len(done)
+        self.tokens[row, :length] = torch.tensor([*prompt, *done])
+        self.lengths[row], self.prompt_lengths[row] = length, len(prompt)
         self.limits[row], self.row_ids[row] = limit, row_id
 
     def move(self, source: int, target: int) -> None:

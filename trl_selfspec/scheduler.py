@@ -1,10 +1,12 @@
 """Which prompt occupies which row: host-side bookkeeping of one rollout, no tensors.
 
-Active rows are always rows 0..B-1, so that a round is a forward over a dense batch. Waiting prompts keep their order.
+Active rows are always rows 0..B-1, so that a round is a forward over a dense batch. Waiting prompts keep their order;
+a row that is paused waits in front of them.
 """
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -14,6 +16,11 @@ class Request:
     row_id: int
     prompt: tuple[int, ...]
     limit: int
+    done: tuple[int, ...] = ()  # tokens generated before the row was paused
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.prompt + self.done
 
 
 class Scheduler:
@@ -24,6 +31,8 @@ class Scheduler:
         self.max_rows = max_rows
         self.active: list[Request] = []
         self.lengths: list[int] = []  # tokens each active row holds
+        self._ages: list[int] = []  # how many were admitted before each active row
+        self._num_admitted = 0
 
     @property
     def num_active(self) -> int:
@@ -33,28 +42,44 @@ class Scheduler:
     def num_unfinished(self) -> int:
         return len(self.active) + len(self.waiting)
 
-    def admit(self) -> list[int]:
-        """Fills free rows from the queue; returns the rows that are new."""
+    def admit(self, fits: Callable[[Request], bool] = lambda request: True) -> list[int]:
+        """Fills free rows from the queue up to the first request that does not fit; returns the rows that are new."""
         first = len(self.active)
-        while self.waiting and len(self.active) < self.max_rows:
-            self._occupy(self.waiting.popleft())
+        while self.waiting and len(self.active) < self.max_rows and fits(self.waiting[0]):
+            self.active.append(self.waiting.popleft())
+            self.lengths.append(len(self.active[-1].tokens))
+            self._ages.append(self._next_age())
         return list(range(first, len(self.active)))
 
     def waiting_sibling(self, row: int) -> Request | None:
-        """The next waiting request if it has this row's prompt: it may take the row over with its prompt's keys."""
-        if self.waiting and self.waiting[0].prompt == self.active[row].prompt:
-            return self.waiting.popleft()
-        return None
+        """The next waiting request if it starts from this row's prompt: it may take the row over with its keys."""
+        first = self.waiting[0] if self.waiting else None
+        if first is None or first.done or first.prompt != self.active[row].prompt:
+            return None
+        return self.waiting.popleft()
 
     def replace(self, row: int, request: Request) -> None:
-        self.active[row], self.lengths[row] = request, len(request.prompt)
+        self.active[row], self.lengths[row], self._ages[row] = request, len(request.prompt), self._next_age()
 
     def retire(self, row: int) -> int:
         """Frees `row` and puts the last active row in its place. Returns that row (`row` itself if it was last)."""
         last = len(self.active) - 1
-        self.active[row], self.lengths[row] = self.active[last], self.lengths[last]
-        del self.active[last], self.lengths[last]
+        self.active[row], self.lengths[row], self._ages[row] = self.active[last], self.lengths[last], self._ages[last]
+        del self.active[last], self.lengths[last], self._ages[last]
         return last
+
+    def newest(self) -> int:
+        """The row that was admitted last; as long as it is the one to be paused, the oldest comes to its end."""
+        return max(range(len(self._ages)), key=self._ages.__getitem__)
+
+    def pause(self, row: int, done: tuple[int, ...]) -> int:
+        """Retires `row`, whose request waits in front of all others to go on after the tokens `done`."""
+        self.waiting.appendleft(replace(self.active[row], done=done))
+        return self.retire(row)
+
+    def holder(self, prompt: tuple[int, ...]) -> int | None:
+        """An active row with this prompt."""
+        return next((row for row, request in enumerate(self.active) if request.prompt == prompt), None)
 
     def prefix_groups(self, rows: list[int]) -> list[tuple[int, list[int]]]:
         """Groups new rows by prompt: (the row that holds or will hold the prompt's keys, the rows to share with).
@@ -71,6 +96,6 @@ class Scheduler:
                 members.append(row)
         return list(groups.items())
 
-    def _occupy(self, request: Request) -> None:
-        self.active.append(request)
-        self.lengths.append(len(request.prompt))
+    def _next_age(self) -> int:
+        self._num_admitted += 1
+        return self._num_admitted

@@ -1,7 +1,7 @@
 """Counters of a rollout, and the ratios people read.
 
-Everything stored is a sum (`drafter_bytes`, a maximum, is the one exception), so rollouts, tool-loop calls and ranks
-merge by addition and every ratio is a ratio of sums. `acceptance_rate` is accepted / drafted; `alpha` is accepted /
+Everything stored is a sum (but for `*_bytes`, which are maxima), so rollouts, tool-loop calls and ranks merge by
+addition and every ratio is a ratio of sums. `acceptance_rate` is accepted / drafted; `alpha` is accepted /
 examined, where a draft token is examined if all earlier ones of its round were accepted. Only `alpha` belongs into
 speed formulas.
 """
@@ -44,6 +44,8 @@ class RolloutStats:
     toggle_active_sequences_sum: int = 0  # rows unfinished when speculation first began in a rollout
     toggle_count: int = 0  # rollouts in which it began
     draft_nan_rounds: int = 0
+    paused_rows: int = 0  # times that a row gave its pages to older ones, to go on later
+    recomputed_tokens: int = 0  # whose keys were computed again because of that
     rollout_s: float = 0.0
     prefill_s: float = 0.0
     plain_s: float = 0.0
@@ -52,7 +54,8 @@ class RolloutStats:
     requantize_s: float = 0.0  # bringing the drafter up to date
     refresh_s: float = 0.0  # following the policy's weights, which plain rounds need too, and requantizing
     plain_equivalent_s: float = 0.0  # what plain rounds would have taken for the tokens of all rounds
-    drafter_bytes: int = 0  # merged by maximum
+    drafter_bytes: int = 0
+    kv_bytes: int = 0  # pages of keys and values, in use or not
 
     def add_plain_round(self, rows: int, seconds: float) -> None:
         self.plain_rounds += 1
@@ -147,8 +150,8 @@ class RolloutStats:
     def __iadd__(self, other: Self) -> Self:
         for f in fields(self):
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
-            if f.name == "drafter_bytes":
-                self.drafter_bytes = max(mine, theirs)
+            if f.name in _MAXIMA:
+                setattr(self, f.name, max(mine, theirs))
             elif isinstance(mine, list):
                 setattr(self, f.name, [a + b for a, b in zip(mine, theirs, strict=True)])
             else:
@@ -181,6 +184,9 @@ class RolloutStats:
             "estimated_speedup": self.estimated_speedup,
             "reused_prompt_tokens": float(self.reused_prompt_tokens),
             "drafter_bytes": float(self.drafter_bytes),
+            "kv_bytes": float(self.kv_bytes),
+            "paused_rows": float(self.paused_rows) or None,  # left out as long as memory suffices
+            "recomputed_tokens": float(self.recomputed_tokens) or None,
             "draft_nan_rounds": float(self.draft_nan_rounds),
         }
         for i, rate in enumerate(self.acceptance_rate_per_position):
@@ -188,16 +194,22 @@ class RolloutStats:
         return {f"selfspec/{name}": value for name, value in values.items() if value is not None}
 
     def to_vector(self) -> list[float]:
-        """All sums, in one fixed order and length, for an all-reduce; `drafter_bytes` has to be maximised apart."""
+        """All sums, in one fixed order and length, for an all-reduce; `maxima` have to be reduced apart."""
         vector: list[float] = []
         for f in _SUMMED:
             value = getattr(self, f)
             vector.extend(map(float, value) if isinstance(value, list) else [float(value)])
         return vector
 
+    def maxima(self) -> list[int]:
+        """What merges by maximum, in one fixed order and length."""
+        return [getattr(self, name) for name in _MAXIMA]
+
     @classmethod
-    def from_vector(cls, vector: Sequence[float], drafter_bytes: int = 0) -> Self:
-        stats = cls(drafter_bytes=drafter_bytes)
+    def from_vector(cls, vector: Sequence[float], maxima: Sequence[int] = ()) -> Self:
+        stats = cls()
+        for name, value in zip(_MAXIMA, maxima, strict=False):
+            setattr(stats, name, value)
         if len(vector) != len(stats.to_vector()):
             raise ValueError(f"{len(vector)} values are no RolloutStats, which hold {len(stats.to_vector())}.")
         values = iter(vector)
@@ -210,4 +222,5 @@ class RolloutStats:
         return stats
 
 
-_SUMMED = tuple(f.name for f in fields(RolloutStats) if f.name != "drafter_bytes")
+_MAXIMA = tuple(f.name for f in fields(RolloutStats) if f.name.endswith("_bytes"))
+_SUMMED = tuple(f.name for f in fields(RolloutStats) if f.name not in _MAXIMA)
