@@ -124,7 +124,7 @@ class PagedCache(Cache):
         self.row_capacity = self.pages_per_row * self.page_size
         self.max_rows, self.dtype, self.device = max_rows, dtype, torch.device(device)
         self.storage_moved = False  # since somebody last asked and reset it
-        self.storage_in_rounds = False  # rounds use the tensors themselves, so that captured ones must not outlive them
+        self.storage_in_rounds = False  # rounds use the tensors themselves: captured ones must not outlive them
         self.attention_writes = False  # True: states are written by the attention function that `bind_cache` bound
         self.num_pages = 1 + max_rows * self.pages_per_row if num_pages is None else num_pages
         self._pages: list[list[int]] = [[row + 1] if self.dense else [] for row in range(max_rows)]

@@ -37,6 +37,7 @@ from trl_selfspec.verification import CoupledVerification, GreedyVerification, R
 
 __all__ = ["Progress", "RolloutOutput", "SelfSpecEngine", "UnsupportedModelError"]
 
+ROUNDS_AHEAD = {"cuda": 1}  # the GPU goes on while Python reads and schedules
 VERIFICATIONS: dict[str, Callable[[torch.Tensor, int], Verification]] = {
     "rejection": RejectionVerification,
     "coupled": CoupledVerification,
@@ -277,13 +278,16 @@ class SelfSpecEngine:
             start = time.perf_counter()
             if runner.drafter is None:
                 runner.drafter = self._current_drafter(cache)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)  # once per rollout, to know what quantizing takes
             seconds = time.perf_counter() - start
             self._refresh_s += seconds
             return seconds
 
         current = self._drafter_version == self._wanted_version
+        ahead = ROUNDS_AHEAD.get(self.device.type, 0)
         scheduler = Scheduler(requests, min(cache.max_rows, len(requests)))
-        return Rollout(runner, scheduler, kept, self.controller, prepare_drafter, current, keep, on_round)
+        return Rollout(runner, scheduler, kept, self.controller, prepare_drafter, current, keep, on_round, ahead)
 
     def _verification(self, seed: torch.Tensor) -> Verification:
         return VERIFICATIONS[self.options.verification](seed, self.options.longest_draft)

@@ -1,16 +1,18 @@
 """The loop this project is about: decide -> draft -> verify -> commit -> retire."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from trl_selfspec.admission import Admission
 from trl_selfspec.controller import Controller
 from trl_selfspec.kept import KeptRows
-from trl_selfspec.rounds import RoundResult, RoundRunner
+from trl_selfspec.rounds import PendingRound, RoundResult, RoundRunner
 from trl_selfspec.scheduler import Request, Scheduler
 from trl_selfspec.stats import RolloutStats
+from trl_selfspec.timing import Clock
 from trl_selfspec.transfer import to_device
 
 
@@ -27,6 +29,13 @@ class Progress:
     completed_tokens: int
     tokens_per_s: float
     num_speculative_tokens: int  # draft length of the last round; 0 is a plain round
+
+
+class Launched(NamedTuple):
+    """A round in flight, and whose rows it advances."""
+
+    round_: PendingRound
+    row_ids: list[int]
 
 
 class Span(NamedTuple):
@@ -53,6 +62,9 @@ class Rollout:
     drafter_is_current: bool = False
     keep: bool = False  # finished rows, for later rollouts
     on_round: Callable[[Progress], None] | None = None
+    rounds_ahead: int = (
+        0  # launched before the host reads what the last one brought; what finished rows draw there is ignored
+    )
     stats: RolloutStats = field(default_factory=RolloutStats)
 
     def __post_init__(self) -> None:
@@ -60,85 +72,117 @@ class Rollout:
         self.completions: list[list[int]] = [[] for _ in range(num_rows)]
         self.logprobs: list[list[float]] = [[] for _ in range(num_rows)]
         self.policy_logprobs: list[list[float]] = [[] for _ in range(num_rows)]
+        self._in_flight: deque[Launched] = deque()
+        self._prefills: list[Clock] = []
 
     def run(self) -> None:
         start = time.perf_counter()
         self.controller.begin_rollout(self.drafter_is_current)
         self._admit()
         while self.scheduler.active:
-            gamma = self.controller.choose(self.scheduler.num_active)
-            result = self._speculate(gamma) if gamma else self._decode()
-            self._retire(result)
-            self._admit()
-            if self.on_round is not None:
-                self._report(gamma, time.perf_counter() - start)
+            self._launch(self.controller.choose(self.scheduler.num_active))
+            while len(self._in_flight) > self.rounds_ahead:
+                gamma = self._settle()
+                if self.on_round is not None:
+                    self._report(gamma, time.perf_counter() - start)
         assert not self.scheduler.waiting, "every request fits into an empty cache"
+        self.stats.prefill_s += sum(clock.laps()[0] for clock in self._prefills)
         self.stats.rollout_s += time.perf_counter() - start
 
-    def _decode(self) -> RoundResult:
-        num_slots, num_rows = self._reserve(lookahead=0), self.scheduler.num_active
-        pending = self.runner.plain(num_rows, num_slots)
-        result = pending.result()
-        (seconds,) = pending.laps()
-        if pending.typical:
-            self.controller.observe_plain(num_rows, seconds)
-        self.stats.add_plain_round(num_rows, seconds)
-        return result
-
-    def _speculate(self, gamma: int) -> RoundResult:
-        requantize_s = self.prepare_drafter()
-        self.controller.observe_requantize(requantize_s)
-        self.stats.requantize_s += requantize_s
-        self.stats.rollout_s -= requantize_s  # counted as refresh_s
-        if self.stats.num_rounds_speculative == 0:
-            self.stats.toggle_active_sequences_sum += self.scheduler.num_unfinished
-            self.stats.toggle_count += 1
+    def _launch(self, gamma: int) -> None:
+        """Starts a round: a plain one, or drafts and their verification."""
+        if gamma:
+            self._draft_with_current_weights()
         num_slots, num_rows = self._reserve(lookahead=gamma), self.scheduler.num_active
-        pending = self.runner.speculative(num_rows, gamma, num_slots)
-        result = pending.result()
-        draft_s, verify_s = pending.laps()
-        accepted = [sum(n > i for n in result.accepted) for i in range(gamma)]
-        examined = [num_rows, *accepted[:-1]]
-        if pending.typical:
-            self.controller.observe_speculative(num_rows, gamma, draft_s, verify_s, accepted, examined)
-        plain_s = self.controller.plain_seconds(num_rows)
-        committed = sum(result.emitted)
-        self.stats.add_speculative_round(num_rows, gamma, committed, draft_s, verify_s, accepted, examined, plain_s)
-        if result.draft_nan:
-            self.stats.draft_nan_rounds += 1
-            self.controller.disable("the drafter's logits are not finite")
-        return result
+        if num_rows:  # rounds in flight may have been the last ones, and pages had to wait for them
+            runner = self.runner
+            round_ = runner.speculative(num_rows, gamma, num_slots) if gamma else runner.plain(num_rows, num_slots)
+            self._in_flight.append(Launched(round_, [request.row_id for request in self.scheduler.active]))
 
-    def _reserve(self, lookahead: int) -> int:
-        """Makes room for this round's writes, if need be at the cost of the newest rows.
-
-        Returns how many slots attention has to read.
-        """
-        cache, lengths = self.runner.cache, self.scheduler.lengths
-        if not cache.dense:
-            while cache.missing_pages(lengths, lookahead) > cache.num_free:
-                if not self.kept.evict():
-                    assert self.scheduler.num_active > 1, "the cache holds one row to its limit"
-                    self._pause(self.scheduler.newest())
-            for row, length in enumerate(lengths):
-                cache.reserve(row, length + lookahead)
-            cache.sync_table()
-        longest = max(lengths) + lookahead
-        return min(-(-longest // SLOT_QUANTUM) * SLOT_QUANTUM, cache.row_capacity)
-
-    def _retire(self, result: RoundResult) -> None:
-        """Stores finished rows and compacts: from the last row down, so that a row that moves has been seen."""
+    def _settle(self) -> int:
+        """Waits for the oldest round, counts it, and lets finished rows make room; returns its draft length."""
+        launched, row_ids = self._in_flight.popleft()
+        result = launched.result()
         if result.target_nan:
             raise ValueError(
                 "The policy's logits are not finite, so no token can be drawn; check for NaN in its weights (a loss "
                 "that diverged, a learning rate that is too high, fp16 overflow)."
             )
-        scheduler, cache = self.scheduler, self.runner.cache
-        for row, emitted in enumerate(result.emitted):
-            scheduler.lengths[row] += emitted
-        for row in range(scheduler.num_active - 1, -1, -1):
-            if not result.finished[row]:
+        rows = {request.row_id: row for row, request in enumerate(self.scheduler.active)}
+        at = {rows[row_id]: i for i, row_id in enumerate(row_ids) if row_id in rows}  # the others had ended before
+        for row, i in at.items():
+            self.scheduler.lengths[row] += result.emitted[i]
+        self._count(launched, result, list(at.values()))
+        self._retire(sorted((row for row, i in at.items() if result.finished[i]), reverse=True))
+        self._admit()
+        return launched.gamma
+
+    def _draft_with_current_weights(self) -> None:
+        requantize_s = self.prepare_drafter()
+        self.controller.observe_requantize(requantize_s)
+        self.stats.requantize_s += requantize_s
+        self.stats.rollout_s -= requantize_s  # counted as refresh_s
+        if self.stats.toggle_count == 0:
+            self.stats.toggle_active_sequences_sum += self.scheduler.num_unfinished
+            self.stats.toggle_count += 1
+
+    def _count(self, launched: PendingRound, result: RoundResult, live: list[int]) -> None:
+        """Tells statistics and controller what a round took, and what it brought the rows `live` of it."""
+        *draft, target_s = launched.laps()
+        num_rows, gamma = launched.num_rows, launched.gamma
+        if not gamma:
+            if launched.typical:
+                self.controller.observe_plain(num_rows, target_s)
+            self.stats.add_plain_round(num_rows, target_s)
+            return
+        draft_s = sum(draft)
+        accepted = [sum(result.accepted[row] > i for row in live) for i in range(gamma)]
+        examined = [len(live), *accepted[:-1]]
+        if launched.typical:
+            self.controller.observe_speculative(num_rows, gamma, draft_s, target_s, accepted, examined)
+        plain_s = self.controller.plain_seconds(num_rows)
+        committed = sum(result.emitted)
+        self.stats.add_speculative_round(num_rows, gamma, committed, draft_s, target_s, accepted, examined, plain_s)
+        if result.draft_nan:
+            self.stats.draft_nan_rounds += 1
+            self.controller.disable("the drafter's logits are not finite")
+
+    def _reserve(self, lookahead: int) -> int:
+        """Makes room for a round's writes: from kept rows, from rows that end, then at the cost of the newest rows.
+
+        Returns how many slots attention has to read.
+        """
+        cache = self.runner.cache
+        while not cache.dense and cache.missing_pages(self._longest(), lookahead) > cache.num_free:
+            if self.kept.evict():
                 continue
+            if self._in_flight:
+                self._settle()
+                continue
+            assert self.scheduler.num_active > 1, "the cache holds one row to its limit"
+            self._pause(self.scheduler.newest())
+        lengths = self._longest()
+        if not cache.dense:
+            for row, length in enumerate(lengths):
+                cache.reserve(row, length + lookahead)
+            cache.sync_table()
+        longest = max(lengths, default=0) + lookahead
+        return min(-(-longest // SLOT_QUANTUM) * SLOT_QUANTUM, cache.row_capacity)
+
+    def _longest(self) -> list[int]:
+        """The tokens that each row holds at most, whatever the rounds in flight bring."""
+        ahead, scheduler = self._ahead, self.scheduler
+        return [min(n + ahead, r.limit) for n, r in zip(scheduler.lengths, scheduler.active, strict=True)]
+
+    @property
+    def _ahead(self) -> int:
+        """Tokens that rounds in flight may add to a row."""
+        return sum(round_.gamma + 1 for round_, _ in self._in_flight)
+
+    def _retire(self, finished: Sequence[int]) -> None:
+        """Stores finished rows and compacts: from the last row down, so that a row that moves is not one of them."""
+        scheduler, cache = self.scheduler, self.runner.cache
+        for row in finished:
             tokens = self._store(row)
             if (sibling := scheduler.waiting_sibling(row)) is not None:  # its prompt's keys are in place
                 scheduler.replace(row, sibling)
@@ -162,7 +206,7 @@ class Rollout:
         moves = {last: (row, num_keys)}
         if last != row:
             self.runner.state.move(last, row)
-            moves[row] = last, self.scheduler.lengths[row] - 1  # the last token has been drawn, not read
+            moves[row] = last, self._longest()[row] - 1  # the last token has been drawn, not read
         self.runner.cache.rearrange(moves)
         self.runner.cache.park(self.scheduler.num_active)
         self.runner.state.park(self.scheduler.num_active)
@@ -188,7 +232,8 @@ class Rollout:
         rows = scheduler.admit(Admission(cache, self.kept, scheduler).fits)
         if not rows:
             return
-        start = time.perf_counter()
+        self._prefills.append(clock := Clock(self.runner.state.tokens.device))
+        clock.mark()
         for row in rows:
             self._place(row, scheduler.active[row])
         groups = scheduler.prefix_groups(rows)
@@ -204,7 +249,7 @@ class Rollout:
         self.stats.reused_prompt_tokens += sum(
             start for row, start in zip(new, starts, strict=True) if not scheduler.active[row].done
         )
-        self.stats.prefill_s += time.perf_counter() - start
+        clock.mark()
 
     def _place(self, row: int, request: Request) -> None:
         self.runner.state.admit(row, request.prompt, request.limit, request.row_id, request.done)

@@ -25,7 +25,8 @@ class RowState:
     """The rows being decoded. Row r's keys and values are valid for slots below `lengths[r] - 1`.
 
     Provisional drafts are written behind a row's length, where the sampling law finds each position's own history.
-    A row whose length is its limit is frozen: rounds pass over it and leave it as it is.
+    A row whose length is its limit emits nothing. One that has ended otherwise may go on until the host has noticed:
+    what it draws there lies behind its end.
     """
 
     def __init__(self, max_rows: int, capacity: int, device: torch.device) -> None:
@@ -225,7 +226,6 @@ class RoundRunner:
         target_nan = (logprobs.isnan() & (offsets < emitted[:, None])).any()
         lengths += emitted
         finished = stopped | (lengths >= limits)
-        limits.copy_(torch.where(finished, lengths, limits))
         state.draft_nan.zero_()
         state.num_drafted.zero_()
         flags = torch.stack([draft_nan, target_nan.long()])

@@ -1,0 +1,124 @@
+"""Launching a round before the last one is read changes nothing but what the host waits for."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import Schedule, force_page_size, ragged_prompts, spoil, tiny_model
+from transformers import GenerationConfig, PreTrainedModel
+
+from trl_selfspec import SelfSpecEngine, SelfSpecOptions, engine
+from trl_selfspec.engine import RolloutOutput
+from trl_selfspec.rollout import Rollout
+from trl_selfspec.rounds import RowState
+
+
+GREEDY = {"do_sample": False, "eos_token_id": [7, 9, 30, 31, 32]}
+SAMPLING = {"do_sample": True, "temperature": 1.2, "eos_token_id": [7, 9, 30, 31, 32]}
+PROMPTS = [*ragged_prompts([5, 9, 3, 14]), *ragged_prompts([5, 5]) * 2]  # a group of three too
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_model("qwen2")
+
+
+def make_engine(model: PreTrainedModel, schedule: tuple[int, ...], **options: Any) -> SelfSpecEngine:
+    made = SelfSpecEngine(model, SelfSpecOptions(draft_qtype="qint8", num_speculative_tokens=3, **options))
+    made.controller = Schedule(*schedule)  # type: ignore[assignment]
+    spoil(made, noise=0.5)
+    return made
+
+
+def outputs(
+    model: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    ahead: int,
+    law: dict[str, Any] = SAMPLING,
+    schedule: tuple[int, ...] = (3,),
+    **options: Any,
+) -> list[RolloutOutput]:
+    """Two turns of a conversation with rows that end early, in groups, at their limit."""
+    monkeypatch.setitem(engine.ROUNDS_AHEAD, "cpu", ahead)
+    made = make_engine(model, schedule, **options)
+    config = GenerationConfig(max_new_tokens=14, pad_token_id=0, **law)
+    first = made.generate(PROMPTS, config, seed=0, keep=True)
+    prompts = [[*prompt, *ids, 11] for prompt, ids in zip(PROMPTS, first.completion_ids, strict=True)]
+    return [first, made.generate(prompts, config, seed=1, keep=True)]
+
+
+def same(left: list[RolloutOutput], right: list[RolloutOutput]) -> bool:
+    return all(
+        a.completion_ids == b.completion_ids
+        and all(
+            torch.allclose(torch.tensor(x), torch.tensor(y), atol=2e-5)
+            for x, y in zip(a.logprobs, b.logprobs, strict=True)
+        )
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+@pytest.mark.parametrize("page_size", [None, 4], ids=["dense", "pages"])
+@pytest.mark.parametrize("schedule", [(0,), (3,)], ids=["plain", "speculative"])
+@pytest.mark.parametrize("law", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("max_batch_size", [None, 3])
+def test_rounds_ahead_change_no_token(
+    model: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    page_size: int | None,
+    schedule: tuple[int, ...],
+    law: dict[str, Any],
+    max_batch_size: int | None,
+):
+    """Rows end, move, and are taken over while a round is in flight that still counts with them."""
+    force_page_size(monkeypatch, page_size)
+    options = {"law": law, "schedule": schedule, "max_batch_size": max_batch_size}
+    read_at_once = outputs(model, monkeypatch, 0, **options)
+    for ahead in (1, 2):
+        late = outputs(model, monkeypatch, ahead, **options)
+        assert same(late, read_at_once)
+        for a, b in zip(late, read_at_once, strict=True):
+            assert a.stats.completion_tokens == b.stats.completion_tokens
+            assert a.stats.accepted_per_position == b.stats.accepted_per_position
+            assert a.stats.examined_per_position == b.stats.examined_per_position
+
+
+def moves_that_forget_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Rollout, "_ahead", 0)
+
+
+def results_read_by_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if nobody had moved since the launch."""
+    move = RowState.move
+    monkeypatch.setattr(RowState, "move", lambda self, source, target: move(self, target, source))
+
+
+@pytest.mark.parametrize(
+    "sabotage",
+    [moves_that_forget_what_is_in_flight, results_read_by_position],
+)
+def test_a_mistake_with_rounds_in_flight_is_noticed(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, sabotage: Callable[[pytest.MonkeyPatch], None]
+):
+    """Negative control."""
+    force_page_size(monkeypatch, 4)
+    read_at_once = outputs(model, monkeypatch, 0)
+    sabotage(monkeypatch)
+    try:
+        late = outputs(model, monkeypatch, 1)
+    except (AssertionError, IndexError, RuntimeError):
+        return
+    assert not same(late, read_at_once)
+
+
+def test_a_policy_that_fails_is_told_with_rounds_in_flight(monkeypatch: pytest.MonkeyPatch):
+    """A round late is early enough; not at all would train on garbage."""
+    broken = tiny_model("qwen2")
+    made = SelfSpecEngine(broken, SelfSpecOptions(num_speculative_tokens=0))
+    monkeypatch.setitem(engine.ROUNDS_AHEAD, "cpu", 1)
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(float("nan"))
+    made.refresh()
+    with pytest.raises(ValueError, match="logits are not finite"):
+        made.generate(PROMPTS, GenerationConfig(max_new_tokens=8, do_sample=True, pad_token_id=0), seed=0)
