@@ -103,8 +103,11 @@ def test_synthetic_verification_accepts_at_the_given_rate(acceptance: float) -> 
     """Per examined draft, whatever the drafter: 4,000 rows put 0.7 within 0.03 (4 sigma)."""
     rows, gamma = 4000, 3
     scores, row_ids, positions = _normal_uniform_drafts(rows, gamma, vocab=8)
-    verification = SyntheticVerification(torch.tensor(1), acceptance)
-    drafts = torch.stack([verification.propose(-9 * scores[:, i], row_ids, positions[:, i]) for i in range(gamma)], 1)
+    verification = SyntheticVerification(torch.tensor(1), gamma, acceptance)
+    proposals = (
+        verification.propose(-9 * scores[:, i], row_ids, positions[:, i], torch.tensor(i)) for i in range(gamma)
+    )
+    drafts = torch.stack([proposal.tokens for proposal in proposals], 1)
     verdict = verification.verify(drafts, scores, row_ids, positions)
     accepted = int(verdict.num_accepted.sum())
     examined = accepted + int((verdict.num_accepted < gamma).sum())

@@ -9,12 +9,12 @@ from tiny_models import Schedule, ragged_prompts, spoil, tiny_model
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from trl_selfspec import verification
 from trl_selfspec.engine import RolloutOutput, SelfSpecEngine
+from trl_selfspec.kernels import draws
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.rejection import Verdict
 from trl_selfspec.rounds import RoundRunner
-from trl_selfspec.verification import CoupledVerification
+from trl_selfspec.sampling import gumbel
 
 
 PROMPTS = ragged_prompts([1, 20, 2, 5, 9, 14, 1, 9, 3, 3, 11, 6])
@@ -105,28 +105,24 @@ def test_a_sliding_window_keeps_the_samples() -> None:
 
 
 def noise_of_the_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    draw = CoupledVerification.draw
+    def shifted(seed: Tensor, rows: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+        return gumbel(seed, rows, positions + positions.dim(), vocab_size)
 
-    def shifted(self: CoupledVerification, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Tensor:
-        return draw(self, scores, row_ids, positions + scores.dim())
-
-    monkeypatch.setattr(CoupledVerification, "draw", shifted)
+    monkeypatch.setattr(draws, "gumbel", shifted)
 
 
 def noise_of_the_place_in_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    draw = CoupledVerification.draw
+    def by_place(seed: Tensor, rows: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+        return gumbel(seed, torch.arange(len(rows)).view(rows.shape), positions, vocab_size)
 
-    def by_place(self: CoupledVerification, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Tensor:
-        return draw(self, scores, torch.arange(len(row_ids)).view(row_ids.shape), positions)
-
-    monkeypatch.setattr(CoupledVerification, "draw", by_place)
+    monkeypatch.setattr(draws, "gumbel", by_place)
 
 
 def drafts_that_stand(monkeypatch: pytest.MonkeyPatch) -> None:
     def verify(drafts: Tensor, tokens: Tensor) -> Verdict:
         return Verdict(torch.full((len(drafts),), drafts.shape[1]), torch.cat([drafts, tokens[:, -1:]], 1))
 
-    monkeypatch.setattr(verification, "verify_coupled", verify)
+    monkeypatch.setattr(draws, "verify_coupled", verify)
 
 
 def one_history_for_all_positions(monkeypatch: pytest.MonkeyPatch) -> None:

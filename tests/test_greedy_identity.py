@@ -8,9 +8,9 @@ import torch
 from tiny_models import FAMILIES, Schedule, force_page_size, ragged_prompts, spoil, tiny_model
 from transformers import GenerationConfig, PreTrainedModel
 
-from trl_selfspec import verification
 from trl_selfspec.cache import PagedCache
 from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.kernels import draws
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.rejection import Verdict
 from trl_selfspec.rounds import PendingRound, RoundResult, RoundRunner
@@ -223,7 +223,7 @@ def accept_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     def verify(drafts: torch.Tensor, tokens: torch.Tensor) -> Verdict:
         return Verdict(torch.full((len(drafts),), drafts.shape[1]), torch.cat([drafts, tokens[:, -1:]], 1))
 
-    monkeypatch.setattr(verification, "verify_coupled", verify)
+    monkeypatch.setattr(draws, "verify_coupled", verify)
 
 
 def accept_one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +231,7 @@ def accept_one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
         accepted = (drafts == tokens[:, :-1]).long().cumprod(1).sum(1)
         return Verdict((accepted + 1).clamp(max=drafts.shape[1]), tokens)
 
-    monkeypatch.setattr(verification, "verify_coupled", verify)
+    monkeypatch.setattr(draws, "verify_coupled", verify)
 
 
 def show_one_slot_too_many(monkeypatch: pytest.MonkeyPatch) -> None:

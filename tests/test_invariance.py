@@ -199,7 +199,7 @@ def draw_from_the_global_generator(monkeypatch: pytest.MonkeyPatch) -> None:
         shapes = (tensor.shape for tensor in (rows, positions, torch.as_tensor(purpose)))
         return torch.rand(torch.broadcast_shapes(*shapes), dtype=torch.float64)
 
-    monkeypatch.setattr("trl_selfspec.verification.uniform", rand)
+    monkeypatch.setattr("trl_selfspec.kernels.draws.uniform", rand)
 
 
 @pytest.mark.parametrize("sabotage", [see_the_neighbours, forget_row_ids, draw_from_the_global_generator])

@@ -16,8 +16,10 @@ from tiny_models import Schedule, spoil, tiny_model
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
-from trl_selfspec import rejection, verification
+from trl_selfspec import rejection
 from trl_selfspec.engine import RolloutOutput, SelfSpecEngine
+from trl_selfspec.kernels import draws
+from trl_selfspec.kernels.draws import Proposal
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.rounds import RoundRunner
 from trl_selfspec.sampling import Purpose, uniform
@@ -177,7 +179,7 @@ Sabotage = Callable[[pytest.MonkeyPatch], None]
 
 def mutated_rejection(old: str, new: str) -> Sabotage:
     def sabotage(monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(verification, "verify_rejection", mutant(rejection, (old, new)).verify_rejection)
+        monkeypatch.setattr(draws, "verify_rejection", mutant(rejection, (old, new)).verify_rejection)
 
     return sabotage
 
@@ -201,9 +203,9 @@ def parameters_missing_in_the_recorded_draft_law(monkeypatch: pytest.MonkeyPatch
 
     def propose(
         self: RejectionVerification, scores: Tensor, row_ids: Tensor, positions: Tensor, step: Tensor
-    ) -> Tensor:
+    ) -> Proposal:
         draft = true_propose(self, scores, row_ids, positions, step)
-        self._draft_probs[len(scores)][:, step] = (scores * 0.6).softmax(-1)  # the temperature of COMBINED undone
+        self._memory[len(scores)].laws[:, step] = (scores * 0.6).softmax(-1)  # the temperature of COMBINED undone
         return draft
 
     monkeypatch.setattr(RejectionVerification, "propose", propose)
@@ -218,21 +220,21 @@ def one_number_for_drafting_and_accepting(monkeypatch: pytest.MonkeyPatch) -> No
     def shared(seed: Tensor, rows: Tensor, positions: Tensor, purpose: Purpose | Tensor) -> Tensor:
         return uniform(seed, rows, positions, drafting_instead_of(Purpose.ACCEPT, purpose))
 
-    monkeypatch.setattr(verification, "uniform", shared)
+    monkeypatch.setattr(draws, "uniform", shared)
 
 
 def one_number_for_drafting_and_recovering(monkeypatch: pytest.MonkeyPatch) -> None:
     def shared(seed: Tensor, rows: Tensor, positions: Tensor, purpose: Purpose | Tensor) -> Tensor:
         return uniform(seed, rows, positions, drafting_instead_of(Purpose.RECOVER, purpose))
 
-    monkeypatch.setattr(verification, "uniform", shared)
+    monkeypatch.setattr(draws, "uniform", shared)
 
 
 def numbers_keyed_by_the_round(monkeypatch: pytest.MonkeyPatch) -> None:
     def offset(seed: Tensor, rows: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
         return uniform(seed, rows, positions - positions.flatten()[0], purpose)
 
-    monkeypatch.setattr(verification, "uniform", offset)
+    monkeypatch.setattr(draws, "uniform", offset)
 
 
 def the_drafter_verifies_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from trl_selfspec.cache import PagedCache
 from trl_selfspec.graphs import GraphPool, Program
+from trl_selfspec.kernels.draws import Outcome, token_logprobs
 from trl_selfspec.law import SamplingLaw
-from trl_selfspec.rejection import Verdict
 from trl_selfspec.timing import Clock
 from trl_selfspec.verification import Verification
 
@@ -168,17 +168,17 @@ class RoundRunner:
         lengths, row_ids = state.lengths[rows], state.row_ids[rows]
         logits = self._forward(self.target, lengths[:, None] - 1, program.num_slots)
         scores = self._process(logits, lengths)
-        token = self.verification.draw(scores[:, 0], row_ids, lengths)
-        return self._commit(Verdict(torch.zeros_like(token), token[:, None]), logits, scores)
+        tokens, logprobs = self.verification.draw(scores[:, 0], row_ids, lengths)
+        return self._commit(Outcome(torch.zeros_like(tokens), tokens[:, None], logprobs[:, None]), logits)
 
     def _draft(self, program: Program) -> Tensor:
         assert self.drafter is not None
         state, rows = self.state, slice(0, program.num_rows)
         at = state.lengths[rows] + state.num_drafted
         scores = self._process(self._forward(self.drafter, at[:, None] - 1, program.num_slots), at)[:, 0]
-        draft = self.verification.propose(scores, state.row_ids[rows], at, state.num_drafted)
+        draft, broken = self.verification.propose(scores, state.row_ids[rows], at, state.num_drafted)
         state.tokens[rows].scatter_(1, at[:, None], draft[:, None])
-        state.draft_nan[rows] |= ~scores.amax(-1).isfinite()
+        state.draft_nan[rows] |= broken
         state.num_drafted += 1
         return draft
 
@@ -189,7 +189,7 @@ class RoundRunner:
         drafts = state.tokens[rows].gather(1, positions[:, :gamma])
         logits = self._forward(self.target, positions - 1, program.num_slots)
         scores = self._process(logits, lengths)
-        return self._commit(self.verification.verify(drafts, scores, row_ids, positions), logits, scores)
+        return self._commit(self.verification.verify(drafts, scores, row_ids, positions), logits)
 
     def _forward(self, model: nn.Module, positions: Tensor, num_slots: int) -> Tensor:
         self.cache.begin(positions, num_slots)
@@ -205,20 +205,22 @@ class RoundRunner:
         num_rows = len(lengths)
         return self.law.process(logits, self.state.tokens[:num_rows], lengths, self.state.prompt_lengths[:num_rows])
 
-    def _commit(self, verdict: Verdict, logits: Tensor, scores: Tensor) -> Tensor:
-        """Writes what the verdict yields, cut at the first EOS and at the row's limit; returns the report."""
-        state, tokens = self.state, verdict.tokens
+    def _commit(self, outcome: Outcome, logits: Tensor) -> Tensor:
+        """Writes what a round yields, cut at the first EOS and at the row's limit; returns the report."""
+        state, (num_accepted, tokens, logprobs) = self.state, outcome
         num_rows, width = tokens.shape
         lengths, limits = state.lengths[:num_rows], state.limits[:num_rows]
         offsets = torch.arange(width, device=tokens.device)
-        stops = torch.isin(tokens, self._eos) & (offsets <= verdict.num_accepted[:, None])
+        stops = torch.isin(tokens, self._eos) & (offsets <= num_accepted[:, None])
         stopped = stops.any(1)
-        emitted = torch.where(stopped, stops.int().argmax(1), verdict.num_accepted) + 1
+        emitted = torch.where(stopped, stops.int().argmax(1), num_accepted) + 1
         emitted = torch.minimum(emitted, limits - lengths)
         stopped &= (stops & (offsets < emitted[:, None])).any(1)
 
         positions = lengths[:, None] + offsets
-        logprobs, policy_logprobs = self._logprobs(tokens, logits, scores)
+        policy_logprobs = logprobs
+        if not self.law.is_full_softmax:
+            policy_logprobs = token_logprobs(logits, tokens, self.law.temperature)
         state.tokens[:num_rows].scatter_(1, positions, tokens)
         state.logprobs[:num_rows].scatter_(1, positions, logprobs)
         state.policy_logprobs[:num_rows].scatter_(1, positions, policy_logprobs)
@@ -229,15 +231,4 @@ class RoundRunner:
         state.draft_nan.zero_()
         state.num_drafted.zero_()
         flags = torch.stack([draft_nan, target_nan.long()])
-        return torch.cat([finished.long(), emitted, verdict.num_accepted, flags])
-
-    def _logprobs(self, tokens: Tensor, logits: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs = _token_logprobs(scores, tokens)
-        if self.law.is_full_softmax:
-            return logprobs, logprobs
-        return logprobs, _token_logprobs(logits.float() / self.law.temperature, tokens)
-
-
-def _token_logprobs(scores: Tensor, tokens: Tensor) -> Tensor:
-    """log_softmax of the tokens (B, T) alone: no (B, T, V) result is kept."""
-    return scores.gather(-1, tokens[..., None])[..., 0] - scores.logsumexp(-1)
+        return torch.cat([finished.long(), emitted, num_accepted, flags])

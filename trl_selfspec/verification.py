@@ -5,11 +5,10 @@ Every draw depends on (seed, row, position) alone, so a row never sees its neigh
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from trl_selfspec.rejection import Verdict, verify_coupled, verify_rejection
-from trl_selfspec.sampling import Purpose, gumbel, sample_inverse_cdf, uniform
+from trl_selfspec.kernels import draws
+from trl_selfspec.kernels.draws import Draw, Memory, Outcome, Proposal
 
 
 class Verification(Protocol):
@@ -18,15 +17,15 @@ class Verification(Protocol):
     Whatever outlives a call lies in tensors at fixed addresses, so that calls can be captured in CUDA graphs.
     """
 
-    def draw(self, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Tensor:
+    def draw(self, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Draw:
         """Tokens (B,) of a plain round, from processed scores (B, V)."""
         ...
 
-    def propose(self, scores: Tensor, row_ids: Tensor, positions: Tensor, step: Tensor) -> Tensor:
+    def propose(self, scores: Tensor, row_ids: Tensor, positions: Tensor, step: Tensor) -> Proposal:
         """The next draft tokens (B,) from the drafter's processed scores (B, V); `step` () counts those before."""
         ...
 
-    def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Verdict:
+    def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Outcome:
         """Judges the (B, γ) proposals of steps 0..γ-1 by the target's scores (B, γ+1, V)."""
         ...
 
@@ -41,53 +40,45 @@ class RejectionVerification:
 
     def __init__(self, seed: Tensor, longest_draft: int) -> None:
         self.seed, self.longest_draft = seed, longest_draft
-        self._purposes = torch.tensor([Purpose.ACCEPT, Purpose.RECOVER, Purpose.TOKEN], device=seed.device)
-        self._draft_probs: dict[int, Tensor] = {}  # by B: (B, longest γ, V) fp32
+        self._memory: dict[int, Memory] = {}  # by B
 
-    def draw(self, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Tensor:
-        return sample_inverse_cdf(scores.softmax(-1), uniform(self.seed, row_ids, positions, Purpose.TOKEN))
+    def draw(self, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Draw:
+        return draws.sample(scores, self.seed, row_ids, positions)
 
-    def propose(self, scores: Tensor, row_ids: Tensor, positions: Tensor, step: Tensor) -> Tensor:
-        num_rows, vocab_size = scores.shape
-        if num_rows not in self._draft_probs:
-            self._draft_probs[num_rows] = scores.new_empty(num_rows, self.longest_draft, vocab_size)
-        probs = scores.softmax(-1)
-        self._draft_probs[num_rows].index_copy_(1, step[None], probs[:, None])
-        return sample_inverse_cdf(probs, uniform(self.seed, row_ids, positions, Purpose.DRAFT))
+    def propose(self, scores: Tensor, row_ids: Tensor, positions: Tensor, step: Tensor) -> Proposal:
+        return draws.propose(scores, self.seed, row_ids, positions, step, self._remember(scores))
 
-    def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Verdict:
-        num_rows, gamma = drafts.shape
-        draft_probs = self._draft_probs[num_rows][:, :gamma]
-        u = uniform(self.seed, row_ids[:, None, None], positions[..., None], self._purposes)
-        accept, recover, token = u.unbind(-1)
-        resample = torch.cat([recover[:, :gamma], token[:, gamma:]], dim=1)
-        return verify_rejection(drafts, draft_probs, scores.softmax(-1), accept[:, :gamma], resample)
+    def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Outcome:
+        return draws.judge(drafts, self._memory[len(drafts)], scores, self.seed, row_ids, positions)
+
+    def _remember(self, scores: Tensor) -> Memory:
+        """A round's own tensors: rounds of fewer rows share those of more."""
+        num_rows = len(scores)
+        if num_rows not in self._memory:
+            larger = next((memory for rows, memory in self._memory.items() if rows > num_rows), None)
+            memory = Memory.like(scores, self.longest_draft) if larger is None else larger.of_first(num_rows)
+            self._memory[num_rows] = memory
+        return self._memory[num_rows]
 
 
 class CoupledVerification:
     """Daliri, Musco, Suresh 2024 (arXiv 2408.07978): every token is the one plain sampling gives for this seed."""
 
-    def __init__(self, seed: Tensor, longest_draft: int) -> None:
+    def __init__(self, seed: Tensor | None, longest_draft: int = 0) -> None:
         self.seed = seed
 
-    def draw(self, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Tensor:
-        return (scores + gumbel(self.seed, row_ids, positions, scores.shape[-1])).argmax(-1)
+    def draw(self, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Draw:
+        return draws.sample_coupled(scores, self.seed, row_ids, positions)
 
-    def propose(self, scores: Tensor, row_ids: Tensor, positions: Tensor, step: Tensor) -> Tensor:
-        return self.draw(scores, row_ids, positions)
+    def propose(self, scores: Tensor, row_ids: Tensor, positions: Tensor, step: Tensor) -> Proposal:
+        return draws.propose_coupled(scores, self.seed, row_ids, positions)
 
-    def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Verdict:
-        return verify_coupled(drafts, self.draw(scores, row_ids[:, None], positions))
+    def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Outcome:
+        return draws.judge_coupled(drafts, scores, self.seed, row_ids, positions)
 
 
-class GreedyVerification:
+class GreedyVerification(CoupledVerification):
     """Greedy decoding: the coupled rule without noise."""
 
-    def draw(self, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Tensor:
-        return scores.argmax(-1)
-
-    def propose(self, scores: Tensor, row_ids: Tensor, positions: Tensor, step: Tensor) -> Tensor:
-        return scores.argmax(-1)
-
-    def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Verdict:
-        return verify_coupled(drafts, scores.argmax(-1))
+    def __init__(self) -> None:
+        super().__init__(None)

@@ -11,8 +11,8 @@ from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from bench.workload import Workload
 from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.kernels.draws import Outcome
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.rejection import Verdict
 from trl_selfspec.sampling import Purpose, uniform
 from trl_selfspec.stats import RolloutStats
 from trl_selfspec.verification import RejectionVerification
@@ -121,13 +121,13 @@ class SyntheticVerification(RejectionVerification):
         super().__init__(seed, longest_draft)
         self.acceptance = acceptance
 
-    def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Verdict:
+    def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Outcome:
         real = super().verify(drafts, scores, row_ids, positions)
         lots = uniform(self.seed, row_ids[:, None], positions[:, : drafts.shape[1]], Purpose.ACCEPT)
         num_accepted = (lots < self.acceptance).long().cumprod(dim=1).sum(dim=1)
         last = real.tokens.gather(1, real.num_accepted[:, None])
         tokens = torch.cat([drafts, last], dim=1).scatter(1, num_accepted[:, None], last)
-        return Verdict(num_accepted, tokens)
+        return Outcome(num_accepted, tokens, real.logprobs)  # of other tokens: they mean nothing here
 
 
 class SyntheticEngine(SelfSpecEngine):
