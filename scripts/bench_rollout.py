@@ -4,9 +4,10 @@
     python scripts/bench_rollout.py compare before.json after.json
     python scripts/bench_rollout.py plot benchmarks/*.json --out ratios.png
 
-Repeats are interleaved (A B A B ...). Before them, untimed, every engine does a short rollout and selfspec whole ones
-of at least `--warmup-tokens`: its gate then knows its costs, as it does in training from the second step on. The last
-line on stdout is one JSON object; ratios above 1 mean faster.
+Repeats are interleaved (A B A B ...). Before them, untimed, every engine does a short rollout; ours do a whole one,
+and selfspec as many as make `--warmup-tokens`: its gate then knows its costs, as it does in training from the second
+step on. vLLM runs in a process of its own beside the others. The last line on stdout is one JSON object; ratios above
+1 mean faster.
 """
 
 import argparse
@@ -20,8 +21,12 @@ from typing import Any
 
 import torch
 import transformers
+from bench import device as devices
 from bench import report
 from bench.engines import ENGINES, Engine, OwnEngine, make_engines
+from bench.figures import Traffic, own_figures, step_costs
+from bench.plot import plot
+from bench.vllm_engine import VllmEngine, check_vllm
 from bench.workload import LENGTH_PROFILES, PRESETS, Workload, load_model, make_workload
 
 from trl_selfspec.options import SelfSpecOptions
@@ -92,7 +97,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--synthetic-acceptance", type=probability, metavar="A", help="accept each draft with probability A"
     )
     run.add_argument("--num-speculative-tokens", type=draft_length, default="auto", help="a draft length, or auto")
+    run.add_argument("--max-active-sequences", type=positive_int, help="draft up to this many rows, whatever it costs")
     run.add_argument("--draft-qtype", default="auto", help="quanto qtype of the drafter")
+    run.add_argument("--vllm-python", default=sys.executable, help="interpreter of an environment that has vLLM")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--out", type=Path, help="also write the JSON here")
     compare = commands.add_parser("compare", help="how ratios changed between two results")
@@ -104,43 +111,59 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def warm_up(name: str, engine: Engine, workload: Workload, tokens: int, seed: int) -> None:
-    short = workload.shortened(WARMUP_FRACTION)
-    short.check(engine.rollout(short, seed), name)
-    if isinstance(engine, OwnEngine):
-        for _ in range(math.ceil(tokens / max(workload.lengths)) if engine.learns else 0):
+def warm_up(name: str, engine: Engine, workload: Workload, tokens: int, seed: int, device: torch.device) -> None:
+    if not isinstance(engine, OwnEngine):
+        short = workload.shortened(WARMUP_FRACTION)
+        short.check(engine.rollout(short, seed), name)
+        return
+    for _ in range(math.ceil(tokens / max(workload.lengths)) if engine.learns else 1):
+        with devices.Stopwatch(device) as watch:
             workload.check(engine.rollout(workload, seed), name)
-        engine.forget_warmup()
+        engine.warmup_s.append(watch.seconds)
+    engine.forget_warmup()
 
 
 def time_engines(
     engines: dict[str, Engine], workload: Workload, warmup_tokens: int, repeats: int, seed: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of each timed rollout; each engine is warmed up first, and every rollout's lengths are checked."""
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of each timed rollout and peak bytes on a GPU; warms up first and checks every rollout's lengths."""
     for name, engine in engines.items():
-        warm_up(name, engine, workload, warmup_tokens, seed)
+        warm_up(name, engine, workload, warmup_tokens, seed, device)
     seconds: dict[str, list[float]] = {name: [] for name in engines}
+    peaks: dict[str, int] = dict.fromkeys(engines, 0)
     for repeat in range(repeats):
         for name, engine in engines.items():
-            with report.Stopwatch(device) as watch:
+            devices.reset_peak_memory(device)
+            with devices.Stopwatch(device) as watch:
                 completion_ids = engine.rollout(workload, seed + 1 + repeat)
             workload.check(completion_ids, name)
             seconds[name].append(watch.seconds)
+            peaks[name] = max(peaks[name], devices.peak_memory_bytes(device))
             print(f"repeat {repeat + 1}/{repeats}  {name:<11}{watch.seconds:8.3f} s", file=sys.stderr, flush=True)
-    return seconds
+    return seconds, peaks
 
 
-def engine_report(engine: Engine, seconds: list[float], num_tokens: int, target_bytes: int) -> dict[str, Any]:
+def engine_report(
+    engine: Engine, seconds: list[float], peak_bytes: int, num_tokens: int, traffic: Traffic
+) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "seconds": report.spread(seconds) | {"all": seconds},
         "tokens_per_s": report.spread([num_tokens / s for s in seconds]),
     }
+    if isinstance(engine, VllmEngine):
+        return figures | {"version": engine.version}
+    if peak_bytes:
+        figures["peak_memory_bytes"] = peak_bytes
     if isinstance(engine, OwnEngine):
-        figures |= report.own_figures(engine.stats, len(seconds), target_bytes)
+        figures |= own_figures(engine.stats, len(seconds), traffic)
+        excess_s = sum(engine.warmup_s) - len(engine.warmup_s) * report.median(seconds)
+        figures["startup_s"] = engine.build_s + max(0.0, excess_s)
         if engine.learns:
             figures["gate"] = engine.engine.controller.explain()
-            figures["drafter_bytes"] = engine.engine.drafter_bytes
+            figures |= step_costs(engine.engine.state_dict())
             figures["refresh_s"] = engine.refresh_s + engine.stats.refresh_s
+            if requantize_s := engine.requantize_s():
+                figures["requantize_s"] = report.spread(requantize_s)
     return figures
 
 
@@ -155,19 +178,27 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
         args.length_profile, args.rows, args.max_new_tokens, args.prompt_length, model.config.vocab_size, args.seed
     )
     load_before = os.getloadavg()[0]
-    engines = make_engines(model, args.engines, selfspec_options(args), args.synthetic_acceptance)
-    seconds = time_engines(engines, workload, args.warmup_tokens, args.repeats, args.seed, device)
-    target_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    engines = make_engines(
+        model, workload, args.engines, selfspec_options(args), args.synthetic_acceptance, args.vllm_python
+    )
+    seconds, peaks = time_engines(engines, workload, args.warmup_tokens, args.repeats, args.seed, device)
+    traffic = Traffic.of(model, workload)
+    figures = {
+        name: engine_report(engine, seconds[name], peaks[name], workload.num_tokens, traffic)
+        for name, engine in engines.items()
+    }
+    for engine in engines.values():
+        if isinstance(engine, VllmEngine):
+            engine.close()
     return {
         "ratios": report.ratios(seconds),
-        "engines": {
-            name: engine_report(engine, seconds[name], workload.num_tokens, target_bytes)
-            for name, engine in engines.items()
-        },
+        "engines": figures,
         "workload": {
             "model": preset or str(args.model),
             "random_weights": preset is not None,
             "parameters": model.num_parameters(),
+            "weight_bytes": traffic.weight_bytes,
+            "kv_bytes_per_token": traffic.kv_token_bytes,
             "dtype": args.dtype,
             "device": device.type,
             "length_profile": args.length_profile,
@@ -186,7 +217,11 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def selfspec_options(args: argparse.Namespace) -> SelfSpecOptions:
-    return SelfSpecOptions(draft_qtype=args.draft_qtype, num_speculative_tokens=args.num_speculative_tokens)
+    return SelfSpecOptions(
+        draft_qtype=args.draft_qtype,
+        num_speculative_tokens=args.num_speculative_tokens,
+        max_active_sequences=args.max_active_sequences,
+    )
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -198,6 +233,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.synthetic_acceptance is not None and "selfspec" not in args.engines:
         raise ValueError("--synthetic-acceptance needs the engine selfspec: no other one drafts")
     selfspec_options(args)
+    if "vllm" in args.engines:
+        if args.device.type != "cuda":
+            raise ValueError(f"engine vllm needs a CUDA device; this run is on {args.device.type}")
+        check_vllm(args.vllm_python)
     if args.out is not None and not args.out.parent.is_dir():
         raise ValueError(f"--out {args.out}: the folder {args.out.parent} does not exist")
 
@@ -211,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(report.compare(report.read_result(args.before), report.read_result(args.after)))
             return
         if args.command == "plot":
-            report.plot([report.read_result(path) for path in args.results], args.out)
+            plot([report.read_result(path) for path in args.results], args.out)
             print(args.out)
             return
         check_arguments(args)

@@ -9,8 +9,10 @@ from pathlib import Path
 import bench_rollout
 import pytest
 import torch
-from bench import engines, report
+from bench import device, engines
 from bench.engines import ForcedLengths, SyntheticVerification
+from bench.figures import Traffic, own_figures
+from bench.plot import plot, series
 from bench.workload import (
     LONGTAIL_LIMIT,
     PRESETS,
@@ -21,6 +23,8 @@ from bench.workload import (
     preset_config,
 )
 from transformers import AutoModelForCausalLM, Qwen2Config
+
+from trl_selfspec.stats import RolloutStats
 
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +93,41 @@ def test_synthetic_acceptance_is_labelled(smoke_run: tuple[dict, str, Path]) -> 
     result, stderr, _ = smoke_run
     assert result["provenance"]["synthetic_acceptance"] == 0.5
     assert "SYNTHETIC acceptance 0.5" in stderr
+
+
+def test_each_component_has_its_figures(smoke_run: tuple[dict, str, Path]) -> None:
+    """On a rented GPU a figure that is missing costs another hour; all but the memory's exist on a CPU too."""
+    result = smoke_run[0]
+    plain, selfspec = result["engines"]["plain"], result["engines"]["selfspec"]
+    assert {"plain_round_ms", "plain_bytes_per_s", "startup_s"} <= plain.keys()
+    assert {"draft_step_ms", "verify_ms", "startup_s", "requantize_s", "drafter_bytes"} <= selfspec.keys()
+    assert selfspec["draft_step_ms_by_rows"] and selfspec["verify_ms_by_tokens"]
+    assert 1e9 < result["provenance"]["hardware"]["measured_copy_bytes_per_s"] < 1e13
+    assert result["provenance"]["hardware"]["gpu"] is None
+    assert result["workload"]["weight_bytes"] == 4 * result["workload"]["parameters"]
+
+
+def test_bytes_read_by_plain_rounds_are_counted_exactly() -> None:
+    """Two rows of 3 and 5 prompt tokens with 2 and 1 new ones read 3 + 4 and 5 keys. A tied embedding is the head."""
+    work = Workload([[1] * 3, [1] * 5], [2, 1])
+    assert work.keys_read == 12
+    sizes: dict = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads: dict = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    for tied in (True, False):
+        model = AutoModelForCausalLM.from_config(Qwen2Config(**sizes, **heads, tie_word_embeddings=tied))
+        traffic = Traffic.of(model, work)
+        assert traffic.weight_bytes == 4 * model.num_parameters()
+        assert traffic.weight_bytes - traffic.weights_read_bytes == (0 if tied else 4 * 64 * 32)
+        assert traffic.kv_read_bytes == 12 * 2 * 2 * 16 * 4
+    stats = RolloutStats(plain_rounds=4, plain_s=2.0)  # of two rollouts
+    rate = own_figures(stats, 2, traffic)["plain_bytes_per_s"]
+    assert rate == (4 * traffic.weights_read_bytes + 2 * traffic.kv_read_bytes) / 2.0
+
+
+def test_nvidia_smi_is_read_field_by_field() -> None:
+    line = "570.86.15, 1980 MHz, 1980 MHz, 3201 MHz, 700.00 W, 31\n"
+    assert device.parse_nvidia_smi(line)["clocks.max.sm"] == "1980 MHz"
+    assert device.parse_nvidia_smi("No devices were found\n") == {}
 
 
 def _normal_uniform_drafts(rows: int, gamma: int, vocab: int) -> tuple[torch.Tensor, ...]:
@@ -169,6 +208,31 @@ def test_prompts_are_ragged_and_the_longest_is_as_asked() -> None:
     assert lengths[0] == 5 and lengths[-1] == 10 and len(set(lengths)) > 2
 
 
+# In billions: what the model cards of Qwen2.5 and Llama 3.1 say, without and with embeddings as far as they do.
+PUBLISHED = {
+    "0.5b": (0.36, 0.49),
+    "1.5b": (1.31, 1.54),
+    "3b": (2.77, 3.09),
+    "7b": (6.53, 7.61),
+    "14b": (13.1, 14.7),
+    "32b": (31.0, 32.5),
+    "llama-8b": (None, 8.03),
+}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_presets_have_the_published_sizes(preset: str) -> None:
+    """A layer too few, or a vocabulary of another size, would make every ratio one of another model."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(preset_config(preset))
+    embeddings = {
+        id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())
+    }
+    total, (without, published) = model.num_parameters(), PUBLISHED[preset]
+    assert total / 1e9 == pytest.approx(published, rel=0.01)
+    assert without is None or (total - sum(embeddings.values())) / 1e9 == pytest.approx(without, rel=0.01)
+
+
 def test_preset_150m_has_about_150_million_parameters() -> None:
     with torch.device("meta"):
         assert 145e6 < AutoModelForCausalLM.from_config(preset_config("150m")).num_parameters() < 155e6
@@ -180,7 +244,8 @@ def test_preset_150m_has_about_150_million_parameters() -> None:
         ("run --preset 9000b", f"presets: {', '.join(PRESETS)}"),
         ("run --preset 150m --model x", "not allowed with"),
         ("run --model /nowhere", "no config.json"),
-        ("run --engines stock,vllm", "unknown engine 'vllm'; engines: stock, continuous, plain, selfspec"),
+        ("run --engines stock,sglang", "unknown engine 'sglang'; engines: stock, continuous, vllm, plain, selfspec"),
+        ("run --engines stock,vllm --device cpu", "vllm needs a CUDA device"),
         ("run --engines ,", "no engine named"),
         ("run --rows 0", "not a positive number"),
         ("run --rows many", "invalid"),
@@ -213,7 +278,14 @@ def test_compare_shows_the_change_of_each_ratio(
     assert any(line.startswith("selfspec/plain") and "+100.0 %" in line for line in lines)
 
 
-def test_plot_draws_a_figure(smoke_run: tuple[dict, str, Path], tmp_path: Path) -> None:
+def test_plot_draws_a_panel_per_pair_and_a_line_per_model(smoke_run: tuple[dict, str, Path], tmp_path: Path) -> None:
+    """Results of several models and row counts go into one figure; the same setting twice is the later one."""
+    result, other = smoke_run[0], json.loads(json.dumps(smoke_run[0]))
+    other["workload"]["model"], other["workload"]["lengths"]["rows"] = "7b", 8
+    other["provenance"]["hardware"]["gpu"] = {"name": "a GPU"}
+    panels = series([result, result, other])
+    assert panels.keys() == {"plain/stock", "selfspec/plain", "selfspec/stock"}
+    assert all(sorted(len(points) for points in lines.values()) == [1, 1] for lines in panels.values())
     figure = tmp_path / "ratios.png"
-    report.plot([smoke_run[0]], figure)
+    plot([result, other], figure)
     assert figure.read_bytes().startswith(b"\x89PNG")

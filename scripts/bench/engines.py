@@ -1,5 +1,6 @@
 """The engines that `bench_rollout.py` times. Each takes a workload and a seed and returns one list of ids per row."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -9,7 +10,10 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
+from bench.device import Stopwatch
+from bench.vllm_engine import VllmEngine
 from bench.workload import Workload
+from trl_selfspec.drafter import requantize
 from trl_selfspec.engine import SelfSpecEngine
 from trl_selfspec.kernels.draws import Outcome
 from trl_selfspec.options import SelfSpecOptions
@@ -18,7 +22,7 @@ from trl_selfspec.stats import RolloutStats
 from trl_selfspec.verification import RejectionVerification
 
 
-ENGINES = ("stock", "continuous", "plain", "selfspec")
+ENGINES = ("stock", "continuous", "vllm", "plain", "selfspec")  # slowest first, roughly: the order of ratios
 TRL_CB_MEMORY_PERCENT = 0.5  # TRL's default for its continuous batching, which leaves room for training
 
 
@@ -142,21 +146,27 @@ class SyntheticEngine(SelfSpecEngine):
 
 
 class OwnEngine:
-    """Ours: `plain` with 0 drafted tokens, `selfspec` otherwise."""
+    """Ours: `plain` with 0 drafted tokens, `selfspec` otherwise. As after a trainer's rollout, the cache is freed."""
 
     def __init__(
         self, model: PreTrainedModel, options: SelfSpecOptions, synthetic_acceptance: float | None = None
     ) -> None:
-        synthetic = synthetic_acceptance is not None
-        self.engine = (
-            SyntheticEngine(model, options, synthetic_acceptance) if synthetic else SelfSpecEngine(model, options)
-        )
+        self.model = model
+        with Stopwatch(model.device) as watch:
+            self.engine = (
+                SelfSpecEngine(model, options)
+                if synthetic_acceptance is None
+                else SyntheticEngine(model, options, synthetic_acceptance)
+            )
+        self.build_s = watch.seconds
+        self.warmup_s: list[float] = []  # of whole rollouts before the timed ones
         self.stats = RolloutStats()  # of the timed rollouts
         self.refresh_s = 0.0  # quantizing the drafter, which these constant weights need only once, at the first draft
 
     def rollout(self, workload: Workload, seed: int) -> list[list[int]]:
         config = _generation_config(max(workload.lengths))
         output = self.engine.generate(workload.prompt_ids, config, seed=seed, max_new_tokens=workload.lengths)
+        self.engine.release()
         self.stats += output.stats
         return output.completion_ids
 
@@ -168,14 +178,33 @@ class OwnEngine:
     def forget_warmup(self) -> None:
         self.refresh_s, self.stats = self.stats.refresh_s, RolloutStats()
 
+    def requantize_s(self, repeats: int = 3) -> list[float]:
+        """Seconds of quantizing all weights into the drafter that is there; empty where nothing was ever drafted."""
+        if (drafter := self.engine._drafter) is None:
+            return []
+        self.model.requires_grad_(True)  # frozen weights are not quantized again
+        seconds = []
+        for _ in range(repeats):
+            with Stopwatch(self.model.device) as watch:
+                requantize(drafter, self.engine._mirror)
+            seconds.append(watch.seconds)
+        self.model.requires_grad_(False)
+        return seconds
+
 
 def make_engines(
-    model: PreTrainedModel, names: Sequence[str], options: SelfSpecOptions, synthetic_acceptance: float | None
+    model: PreTrainedModel,
+    workload: Workload,
+    names: Sequence[str],
+    options: SelfSpecOptions,
+    synthetic_acceptance: float | None,
+    vllm_python: str = sys.executable,
 ) -> dict[str, Engine]:
     """Build the named engines on one model, in the order given; `options` are those of `selfspec`."""
     makers: dict[str, Callable[[], Engine]] = {
         "stock": lambda: StockEngine(model),
         "continuous": lambda: ContinuousEngine(model),
+        "vllm": lambda: VllmEngine(model, workload, vllm_python),
         "plain": lambda: OwnEngine(model, SelfSpecOptions(num_speculative_tokens=0)),
         "selfspec": lambda: OwnEngine(model, options, synthetic_acceptance),
     }

@@ -1,4 +1,4 @@
-"""What a benchmark says: ratios paired by repeat, a table for people, provenance, comparisons and the figure."""
+"""What a benchmark says: ratios paired by repeat, a table for people, provenance and comparisons."""
 
 import datetime
 import importlib.metadata
@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any
 
 import torch
 
-from trl_selfspec.stats import RolloutStats
+from bench.device import copy_bytes_per_s, gpu_provenance
 
 
-PACKAGES = ("torch", "transformers", "trl", "optimum-quanto", "accelerate", "triton")
+PACKAGES = ("torch", "transformers", "trl", "optimum-quanto", "accelerate", "triton", "vllm")
 BUSY_LOAD_PER_CORE = 0.35  # load average before a run above which its seconds mean little
 
 
@@ -54,41 +53,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def copy_gb_per_s(device: torch.device, num_bytes: int = 2**28, repeats: int = 5) -> float:
-    """Bytes read plus written per second by a large copy: the bandwidth to hold rounds against."""
-    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    seconds = []
-    for _ in range(repeats):
-        with Stopwatch(device) as watch:
-            target.copy_(source)
-        seconds.append(watch.seconds)
-    return 2 * num_bytes / min(seconds) / 1e9
-
-
-class Stopwatch:
-    """Wall-clock seconds of a block, device work included."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, 0.0
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def __enter__(self) -> "Stopwatch":
-        self.seconds = self._now()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds = self._now() - self.seconds
-
-
 def provenance(argv: Sequence[str], device: torch.device) -> dict[str, Any]:
     """Where the numbers come from: code, command, versions, machine, date."""
     status = _run_git("status", "--porcelain")
-    cuda = device.type == "cuda"
     return {
         "git_sha": _run_git("rev-parse", "HEAD"),
         "git_dirty": None if status is None else bool(status),
@@ -100,35 +67,10 @@ def provenance(argv: Sequence[str], device: torch.device) -> dict[str, Any]:
             "cpu_cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "gpu": torch.cuda.get_device_name(device) if cuda else None,
-            "copy_gb_per_s": round(copy_gb_per_s(device), 1),
+            "gpu": gpu_provenance(device),
+            "measured_copy_bytes_per_s": copy_bytes_per_s(device),
         },
     }
-
-
-def own_figures(stats: RolloutStats, rollouts: int, target_bytes: int) -> dict[str, Any]:
-    """Acceptance and component seconds (per rollout) from the summed `RolloutStats` of the timed rollouts."""
-    components = {name: getattr(stats, f"{name}_s") / rollouts for name in ("prefill", "plain", "draft", "verify")}
-    figures: dict[str, Any] = {"component_s": components, "rounds": {}}
-    for name, rounds in (("plain", stats.plain_rounds), ("speculative", stats.num_rounds_speculative)):
-        figures["rounds"][name] = rounds / rollouts
-    if stats.plain_rounds:
-        round_s = stats.plain_s / stats.plain_rounds
-        figures["plain_round_ms"] = 1e3 * round_s
-        figures["plain_weights_gb_per_s"] = target_bytes / round_s / 1e9
-    if stats.num_rounds_speculative:
-        draft_length = stats.mean_num_speculative_tokens or 0.0
-        figures["draft_step_ms"] = 1e3 * stats.draft_s / (stats.num_rounds_speculative * draft_length)
-        figures["verify_ms"] = 1e3 * stats.verify_s / stats.num_rounds_speculative
-        figures["acceptance"] = {
-            "alpha": stats.alpha,
-            "acceptance_rate": stats.acceptance_rate,
-            "mean_acceptance_length": stats.mean_acceptance_length,
-            "num_speculative_tokens": draft_length,
-            "speculative_round_fraction": stats.speculative_round_fraction,
-            "toggle_active_sequences": stats.toggle_active_sequences,
-        }
-    return figures
 
 
 def _format_spread(values: dict[str, float], unit: str) -> str:
@@ -202,38 +144,3 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> str:
         change = f"{100 * (new['median'] / old['median'] - 1):+.1f} %" + (" (ranges overlap)" if overlap else "")
         lines.append(f"{pair:<20}{_format_spread(old, 'x'):<26}{_format_spread(new, 'x'):<26}{change}")
     return "\n".join(notes + lines)
-
-
-def plot(results: Sequence[dict[str, Any]], out: Path) -> None:
-    """Ratio over rows, one line per pair of engines, model and profile; bars show the range over repeats."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    series: dict[str, list[tuple[int, dict[str, float]]]] = {}
-    for result in results:
-        work = result["workload"]
-        for pair, values in result["ratios"].items():
-            label = f"{pair}, {work['model']} {work['dtype']} {work['length_profile']}"
-            series.setdefault(label, []).append((work["lengths"]["rows"], values))
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for label, points in sorted(series.items()):
-        points.sort(key=lambda point: point[0])
-        rows = [point[0] for point in points]
-        middle = [point[1]["median"] for point in points]
-        below = [point[1]["median"] - point[1]["min"] for point in points]
-        above = [point[1]["max"] - point[1]["median"] for point in points]
-        axes.errorbar(rows, middle, yerr=[below, above], marker="o", capsize=3, label=label)
-    axes.axhline(1.0, color="0.6", linewidth=1)
-    axes.set_xscale("log", base=2)
-    ticks = sorted({point[0] for points in series.values() for point in points})
-    axes.set_xticks(ticks, labels=[str(tick) for tick in ticks])
-    axes.set(xlabel="rows", ylabel="times faster", ylim=(0, None))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    synthetic = {result["provenance"]["synthetic_acceptance"] for result in results} - {None}
-    if synthetic:
-        axes.set_title(f"synthetic acceptance {', '.join(map(str, sorted(synthetic)))}", fontsize=9)
-    figure.savefig(out, dpi=150)
-    plt.close(figure)

@@ -33,8 +33,9 @@ def _qwen2(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, voca
     }
 
 
-# Shapes of Qwen2.5 and Llama 3.1; 150m is Qwen2.5-0.5B with 9 layers and a 16k vocabulary.
+# Shapes of Qwen2.5 and Llama 3.1; 150m is Qwen2.5-0.5B with 9 layers and a 16k vocabulary, tiny is for trying out.
 PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": _qwen2(64, 128, 2, 4, 2, 256, True),
     "150m": _qwen2(896, 4864, 9, 14, 2, 16384, True),
     "0.5b": _qwen2(896, 4864, 24, 14, 2, 151936, True),
     "1.5b": _qwen2(1536, 8960, 28, 12, 2, 151936, True),
@@ -98,6 +99,12 @@ class Workload:
     @property
     def num_tokens(self) -> int:
         return sum(self.lengths)
+
+    @property
+    def keys_read(self) -> int:
+        """Tokens whose keys plain decoding reads, over all rows and steps: a step reads all that the row has."""
+        pairs = zip(self.prompt_ids, self.lengths, strict=True)
+        return sum(n * len(prompt) + n * (n - 1) // 2 for prompt, n in pairs)
 
     def shortened(self, fraction: float) -> "Workload":
         """The same rows with every length scaled down: the warm-up."""

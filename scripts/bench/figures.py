@@ -1,0 +1,75 @@
+"""What rounds cost and how fast bytes went by, from the `RolloutStats` of the timed rollouts."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bench.workload import Workload
+from trl_selfspec.memory import kv_bytes_per_token
+from trl_selfspec.stats import RolloutStats
+
+
+OPTIONAL_BYTES = ("kv_bytes", "graph_pool_bytes", "drafter_bytes")  # fields of the stats, where the engine counts them
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that decoding has to read."""
+
+    weight_bytes: int  # all parameters
+    weights_read_bytes: int  # per forward: without an input embedding of its own, of which B rows are read
+    kv_token_bytes: int  # keys and values of one token over all layers
+    kv_read_bytes: int  # over all plain rounds of a rollout, by all rows
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, workload: Workload) -> "Traffic":
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        assert embedding is not None and head is not None
+        weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        table = embedding.weight
+        assert isinstance(table, Tensor)
+        own_bytes = 0 if head.weight is table else table.nbytes
+        token_bytes = kv_bytes_per_token(model.config, model.dtype)
+        return cls(weight_bytes, weight_bytes - own_bytes, token_bytes, token_bytes * workload.keys_read)
+
+
+def own_figures(stats: RolloutStats, rollouts: int, traffic: Traffic) -> dict[str, Any]:
+    """Acceptance, component seconds (per rollout) and bandwidth from the summed stats of the timed rollouts."""
+    components = {name: getattr(stats, f"{name}_s") / rollouts for name in ("prefill", "plain", "draft", "verify")}
+    figures: dict[str, Any] = {"component_s": components, "rounds": {}}
+    for name, rounds in (("plain", stats.plain_rounds), ("speculative", stats.num_rounds_speculative)):
+        figures["rounds"][name] = rounds / rollouts
+    if stats.plain_rounds:
+        figures["plain_round_ms"] = 1e3 * stats.plain_s / stats.plain_rounds
+        num_bytes = stats.plain_rounds * traffic.weights_read_bytes
+        if not stats.num_rounds_speculative:  # else which plain rounds read how many keys is not known
+            num_bytes += rollouts * traffic.kv_read_bytes
+        figures["plain_bytes_per_s"] = num_bytes / stats.plain_s
+    if stats.num_rounds_speculative:
+        figures["draft_step_ms"] = 1e3 * stats.draft_s / stats.draft_steps
+        figures["verify_ms"] = 1e3 * stats.verify_s / stats.num_rounds_speculative
+        figures["draft_weight_bytes_per_s"] = stats.draft_steps * stats.drafter_bytes / stats.draft_s
+        figures["verify_weight_bytes_per_s"] = (
+            stats.num_rounds_speculative * traffic.weights_read_bytes / stats.verify_s
+        )
+        figures["acceptance"] = {
+            "alpha": stats.alpha,
+            "acceptance_rate": stats.acceptance_rate,
+            "mean_acceptance_length": stats.mean_acceptance_length,
+            "num_speculative_tokens": stats.mean_num_speculative_tokens,
+            "speculative_round_fraction": stats.speculative_round_fraction,
+            "toggle_active_sequences": stats.toggle_active_sequences,
+        }
+    return figures | {name: value for name in OPTIONAL_BYTES if (value := getattr(stats, name, 0))}
+
+
+def step_costs(state: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Milliseconds by size as a controller learned them: plain rounds and draft steps by rows, verifying by tokens.
+
+    Args:
+        state: `SelfSpecEngine.state_dict()`.
+    """
+    kinds = {"plain_ms_by_rows": "plain", "draft_step_ms_by_rows": "draft", "verify_ms_by_tokens": "verify"}
+    return {name: {f"{n:g}": 1e3 * seconds for _, n, seconds in state[kind]} for name, kind in kinds.items()}
