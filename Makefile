@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 OUTPUT ?= outputs/demo
 PYTEST_ARGS ?=
+GOALS_ARGS ?=
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-gpu quality bench clean
+.PHONY: help env demo test test-gpu quality bench bench-gpu clean
 
 help:
 	@echo "make demo      train a small policy with GRPO in three modes, about 8 minutes on 2 cores"
@@ -15,6 +16,7 @@ help:
 	@echo "make test-gpu  the tests that need a CUDA device"
 	@echo "make quality   ruff and pyright"
 	@echo "make bench     time the engines against each other on a 150M-parameter shape"
+	@echo "make bench-gpu all goals for one NVIDIA GPU, well under an hour; GOALS_ARGS='--only 7b-steps' for a part"
 	@echo "make env       only build the environment ($(VENV))"
 
 # torch comes first and alone, so that the constraint decides which build of it is taken.
@@ -47,6 +49,9 @@ quality: $(VENV)/.dev-stamp
 
 bench: $(VENV)/.dev-stamp
 	$(BIN)/python scripts/bench_rollout.py run --preset 150m --dtype bf16 --rows 1 --synthetic-acceptance 0.95
+
+bench-gpu: $(VENV)/.dev-stamp
+	$(BIN)/python scripts/bench_goals.py $(GOALS_ARGS)
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info .pytest_cache .ruff_cache .hypothesis

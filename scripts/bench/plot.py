@@ -8,6 +8,7 @@ from typing import Any
 
 
 MARKERS = {"uniform": "o", "longtail": "s"}
+COLUMNS = 3
 Points = dict[int, dict[str, float]]  # spread of a ratio by rows
 
 
@@ -32,10 +33,13 @@ def plot(results: Sequence[dict[str, Any]], out: Path) -> None:
     panels = series(results)
     models = sorted({model for lines in panels.values() for model, _ in lines})
     colours = dict(zip(models, cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"]), strict=False))
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(max(5.0, 3.4 * len(panels)), 3.8), layout="constrained", squeeze=False
-    )
-    for axis, (pair, lines) in zip(axes[0], panels.items(), strict=True):
+    columns, rows_of_panels = min(COLUMNS, len(panels)), -(-len(panels) // COLUMNS)
+    size = max(5.0, 3.4 * columns), 3.2 * rows_of_panels + 0.8
+    figure, grid = plt.subplots(rows_of_panels, columns, figsize=size, layout="constrained", squeeze=False)
+    axes = grid.flatten()[: len(panels)]
+    for unused in grid.flatten()[len(panels) :]:
+        unused.axis("off")
+    for axis, (pair, lines) in zip(axes, panels.items(), strict=True):
         for (model, profile), points in sorted(lines.items()):
             rows = sorted(points)
             middle = [points[n]["median"] for n in rows]
@@ -58,9 +62,9 @@ def plot(results: Sequence[dict[str, Any]], out: Path) -> None:
         axis.minorticks_off()
         axis.set(title=pair.replace("/", " ÷ "), xlabel="rows", ylim=(0, None))
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("times faster")
+    grid[0][0].set_ylabel("times faster")
     entries: dict[str, Any] = {}
-    for axis in axes[0]:
+    for axis in axes:
         handles, labels = axis.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", frameon=False, fontsize=8, ncols=3)

@@ -1,0 +1,140 @@
+"""The goals for a GPU: their commands are valid, their verdicts right, and the runner runs, here on a CPU."""
+
+import json
+from argparse import Namespace
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import bench_goals
+import bench_rollout
+import pytest
+import torch
+from bench.goals import GOALS, MEASUREMENTS, Goal, in_plain_rounds, in_reads_of_the_weights, ratio
+
+
+LONGEST_PART_S = 480
+BY_NAME = {measurement.name: measurement for measurement in MEASUREMENTS}
+
+
+def _result(plain_s: float, selfspec_s: float, device: str = "cuda") -> dict[str, Any]:
+    return {
+        "ratios": {},
+        "engines": {
+            "plain": {"seconds": {"median": plain_s}, "plain_round_ms": 5.0},
+            "selfspec": {"seconds": {"median": selfspec_s}, "draft_step_ms": 3.0},
+        },
+        "workload": {"device": device, "weight_bytes": 16e9},
+        "provenance": {"hardware": {"measured_copy_bytes_per_s": 4e12}},
+    }
+
+
+@pytest.mark.parametrize("measurement", MEASUREMENTS, ids=lambda measurement: measurement.name)
+def test_every_measurement_is_a_valid_command(measurement: Any) -> None:
+    """A mistyped option must fail here, not on a rented GPU."""
+    for variant in (measurement, measurement.tiny()):
+        args = bench_rollout.make_parser().parse_args(["run", *variant.arguments(), "--device", "cpu"])
+        args.engines = [engine for engine in args.engines if engine != "vllm"]
+        bench_rollout.check_arguments(args)
+        assert (args.preset, args.rows) == (variant.preset, variant.rows)
+        assert args.num_speculative_tokens == (variant.draft_length or "auto")
+
+
+def test_names_are_unique_and_every_goal_has_its_measurements() -> None:
+    assert len(BY_NAME) == len(MEASUREMENTS)
+    needed = {name for goal in GOALS for name in goal.needs}
+    assert needed == BY_NAME.keys()
+
+
+def test_parts_fit_into_eight_minutes() -> None:
+    seconds: Counter[str] = Counter()
+    for measurement in MEASUREMENTS:
+        seconds[measurement.part] += measurement.limit_s
+    assert max(seconds.values()) <= LONGEST_PART_S
+
+
+def test_the_worst_measurement_counts() -> None:
+    """A mean over row counts would hide the one at which speculation loses."""
+    goal = Goal("ratio", ("a", "b"), ratio("selfspec/plain"), 1.35)
+    fast, slow = _result(2.0, 1.0), _result(2.0, 1.6)
+    assert goal.measured([fast, slow]) == pytest.approx(1.25)
+    assert goal.is_met(goal.measured([fast])) and not goal.is_met(goal.measured([fast, slow]))
+    bound = replace(goal, figure=lambda result: _seconds(result), bound=1.5, at_least=False)
+    assert bound.is_met(bound.measured([fast])) and not bound.is_met(bound.measured([fast, slow]))
+
+
+def _seconds(result: dict[str, Any]) -> float:
+    return result["engines"]["selfspec"]["seconds"]["median"]
+
+
+def test_figures_are_relative_to_the_same_run() -> None:
+    """16 GB at 4 TB/s are 4 ms: a round of 5 ms is 1.25 reads, a draft step of 3 ms 0.6 of a round."""
+    result = _result(2.0, 1.0)
+    assert in_reads_of_the_weights(result) == pytest.approx(1.25)
+    assert in_plain_rounds("draft_step_ms")(result) == pytest.approx(0.6)
+    assert ratio("plain/selfspec")(result) == pytest.approx(0.5)
+
+
+def test_a_cpu_never_passes_for_a_gpu(tmp_path: Path) -> None:
+    """Numbers of a tiny model on a CPU, left in the folder, must not enter the table of goals."""
+    path = tmp_path / f"{MEASUREMENTS[0].name}.json"
+    path.write_text(json.dumps(_result(2.0, 1.0, device="cpu")))
+    assert bench_goals.load_results(tmp_path, tiny=False) == {}
+    path.write_text(json.dumps(_result(2.0, 1.0)))
+    assert bench_goals.load_results(tmp_path, tiny=False).keys() == {MEASUREMENTS[0].name}
+    goal = Goal("ratio", (MEASUREMENTS[0].name,), ratio("selfspec/plain"), 1.35)
+    results = {MEASUREMENTS[0].name: _result(2.0, 1.0)}
+    verdicts = [
+        bench_goals.row(goal, *arguments)["met"] for arguments in ((results, False), (results, True), ({}, False))
+    ]
+    assert verdicts == [True, None, None]
+
+
+def test_a_measurement_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
+    """An engine that hangs must not take the rest of the table with it."""
+    args = Namespace(tiny=True, out=tmp_path, vllm_python="python")
+    hasty = replace(BY_NAME["7b-stock"].tiny(), limit_s=1)
+    why = bench_goals.measure(hasty, args, tmp_path / "x.json", tmp_path / "x.log")
+    assert why == "failed: not done after 1 s"
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_vllm_is_skipped_where_it_cannot_run(tmp_path: Path) -> None:
+    args = Namespace(tiny=True, out=tmp_path, vllm_python="python")
+    why = bench_goals.measure(BY_NAME["7b-vllm"].tiny(), args, tmp_path / "x.json", tmp_path / "x.log")
+    assert (
+        why is not None
+        and why.startswith("skipped: ")
+        and why.endswith("vllm needs a CUDA device; this run is on cpu")
+    )
+
+
+def test_the_runner_measures_once_and_shows_all_goals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second call goes on from the files of the first."""
+    arguments = ["--tiny", "--only", "7b-stock", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as ended:
+        bench_goals.main(arguments)
+    assert not ended.value.code, (tmp_path / "7b-stock.log").read_text()
+    written = (tmp_path / "7b-stock.json").stat().st_mtime_ns
+    with pytest.raises(SystemExit):
+        bench_goals.main(arguments)
+    assert (tmp_path / "7b-stock.json").stat().st_mtime_ns == written
+    table = json.loads((tmp_path / "goals.json").read_text())
+    assert table["tiny_on_cpu"] and len(table["goals"]) == len(GOALS)
+    assert [line["measured"] is not None for line in table["goals"]] == [True] + [False] * (len(GOALS) - 1)
+    assert all(line["met"] is None for line in table["goals"])
+    said = capsys.readouterr().out
+    assert GOALS[0].text in said and "Not measured yet: 7b-cold" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        bench_goals.main([])
+
+
+def test_dry_run_prints_one_command_per_measurement(capsys: pytest.CaptureFixture[str]) -> None:
+    bench_goals.main(["--dry-run"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(MEASUREMENTS) and all("--device cuda" in line for line in lines)
