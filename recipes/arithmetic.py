@@ -18,11 +18,11 @@ CHARACTERS = "0123456789:*=? "
 LARGEST_COUNT, LARGEST_SUMMAND = 40, 19
 
 
-def tiny_policy_dir() -> Path:
+def tiny_policy_dir(size: str = "3m") -> Path:
     """Where the small policy is kept; another directory as soon as the task or its training changes."""
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "trl_selfspec" / f"tiny_policy-{digest[:12]}"
+    return cache / "trl_selfspec" / f"tiny_policy-{size}-{digest[:12]}"
 
 
 def sample_factors(rng: random.Random) -> tuple[int, int]:

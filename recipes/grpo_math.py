@@ -86,13 +86,13 @@ def has_native_bf16() -> bool:
     return torch.accelerator.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def ensure_tiny_policy() -> Path:
+def ensure_tiny_policy(size: str = "3m") -> Path:
     """Trains the embedded default's policy if it is not there yet, in a process of its own, once per machine."""
-    script, path = RECIPES.parent / "scripts" / "make_tiny_policy.py", arithmetic.tiny_policy_dir()
+    script, path = RECIPES.parent / "scripts" / "make_tiny_policy.py", arithmetic.tiny_policy_dir(size)
     with PartialState().local_main_process_first():
         if not path.exists():
             env = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
-            subprocess.run([sys.executable, str(script), "--output", str(path)], env=env, check=True)
+            subprocess.run([sys.executable, str(script), "--size", size], env=env, check=True)
     return path
 
 

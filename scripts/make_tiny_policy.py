@@ -1,6 +1,6 @@
 """Train the embedded default's policy: a small causal LM that multiplies step by step, in under 3 minutes on 2 cores.
 
-    python scripts/make_tiny_policy.py [--output DIR] [--force]
+    python scripts/make_tiny_policy.py [--size 3m] [--output DIR] [--force]
 
 It is kept after the first time. Answers have a long tail and are right about half of the time, so that GRPO has
 something to learn and its rollouts something to wait for. Trained in fp32 where the CPU has no native bf16,
@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import mean, quantiles
-from typing import Any
+from typing import Any, NamedTuple
 
 
 # Read when torch loads. On a machine that is busy, training takes less than half the time.
@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import arithmetic
 
 
-MAX_STEPS, BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS = 800, 16, 1e-3, 30
+MAX_STEPS, BATCH_SIZE, WARMUP_STEPS = 800, 16, 30
 POOL_SIZE = 16 * BATCH_SIZE  # problems that are sorted into batches of similar length
 BUDGET_S = 150.0  # of training; a slower machine stops here, with its learning rate annealed all the same
 NUM_SAMPLES, MAX_COMPLETION_LENGTH = 256, 320
@@ -53,6 +53,22 @@ CHAT_TEMPLATE = (
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+
+class Size(NamedTuple):
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    learning_rate: float
+
+
+SIZES = {
+    "3m": Size(256, 768, 4, 4, 2, 1e-3),
+    "135m": Size(1024, 2816, 12, 16, 4, 3e-4),  # this and the next want a GPU
+    "1b": Size(2048, 5632, 24, 16, 4, 1e-4),
+}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -71,14 +87,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model() -> LlamaForCausalLM:
+def make_model(size: Size = SIZES["3m"]) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=128,  # a multiple of quanto's int4 group size
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=size.hidden,
+        intermediate_size=size.inner,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -119,7 +135,13 @@ class Deadline(TrainerCallback):
         control.should_training_stop |= self.progress >= 1
 
 
-def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, dataset: Dataset, budget_s: float) -> None:
+def train(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    dataset: Dataset,
+    budget_s: float,
+    learning_rate: float,
+) -> None:
     native_bf16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     with tempfile.TemporaryDirectory() as scratch:
         args = SFTConfig(
@@ -138,7 +160,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, dataset: 
             seed=0,
         )
         deadline = Deadline(budget_s)
-        optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+        optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, deadline.learning_rate)
         trainer = SFTTrainer(
             model,
@@ -183,20 +205,23 @@ def report(model: Any, tokenizer: Any, train_s: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=arithmetic.tiny_policy_dir())
+    parser.add_argument("--size", choices=SIZES, default="3m", help="parameters; the others than 3m want a GPU")
+    parser.add_argument("--output", type=Path, help="where it is kept")
     parser.add_argument("--budget", type=float, default=BUDGET_S, metavar="SECONDS", help="of training")
     parser.add_argument("--force", action="store_true", help="train anew")
     args = parser.parse_args()
+    args.output = args.output or arithmetic.tiny_policy_dir(args.size)
     if args.output.exists() and not args.force:
         print(f"{args.output} is there already; --force trains anew")
         return
     start = time.monotonic()
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    model = make_model()
+    size = SIZES[args.size]
+    model = make_model(size)
     num_pools = -(-MAX_STEPS * BATCH_SIZE // POOL_SIZE)
     dataset = arithmetic.make_dataset(num_pools * POOL_SIZE, seed=0, with_completion=True)
-    train(model, tokenizer, batched_by_length(dataset), args.budget)
+    train(model, tokenizer, batched_by_length(dataset), args.budget, size.learning_rate)
     if report(model, tokenizer, time.monotonic() - start) < MIN_CORRECT:
         sys.exit(
             f"Not saved: GRPO learns nothing from a policy that is right less than {MIN_CORRECT:.0%} of the time. "
