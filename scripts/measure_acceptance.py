@@ -41,7 +41,7 @@ import grpo_math
 ROOT = Path(__file__).resolve().parents[1]
 QTYPES = ("qint4", "qint8", "qfloat8")
 KINDS = ("refreshed", "stale")
-DRAFT_LENGTH = 4
+DRAFT_LENGTH, MAX_NEW_TOKENS = 4, 320
 HELD_OUT_SEED = 10**6  # of problems; training uses seeds from 0
 
 
@@ -84,7 +84,7 @@ class AcceptanceProbe(TrainerCallback):
             self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
             for prompt in problems["prompt"]
         ]
-        config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, max_new_tokens=320)
+        config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
         point: dict[str, Any] = {"step": step, "relative_weight_change": self.relative_weight_change()}
         for (qtype, kind), engine in self.engines.items():
             if step:
@@ -135,6 +135,7 @@ def plot(points: Sequence[dict[str, Any]], title: str, path: Path) -> None:
             errors = [(v["alpha"] * (1 - v["alpha"]) / v["examined"]) ** 0.5 for v in values]
             axes.errorbar(steps, alphas, errors, fmt=style, color=f"C{i}", capsize=2, label=f"{qtype}, {kind}")
     axes.set(xlabel="optimizer step", ylabel="alpha (accepted / examined), T = 1")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(title, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
@@ -148,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", choices=SIZES, default=default_size, help="parameters of the policy")
     parser.add_argument("--policy", type=Path, help="a saved policy in place of one that is trained here")
     parser.add_argument("--measure_every", type=int, default=2, metavar="STEPS")
-    parser.add_argument("--num_prompts", type=int, default=512, help="held-out problems per measurement")
+    parser.add_argument("--num_prompts", type=int, default=256, help="held-out problems per measurement")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/acceptance"))
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "acceptance" / "acceptance")
     args, rest = parser.parse_known_args(argv)
@@ -180,6 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "mean_reward": mean(rewards),
         },
         "draft_length": DRAFT_LENGTH,
+        "num_prompts": args.num_prompts,  # per point
         "wall_s": time.monotonic() - start,
         "provenance": provenance(["measure_acceptance.py", *command], trainer.accelerator.device),
     }
