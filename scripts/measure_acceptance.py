@@ -90,7 +90,7 @@ class AcceptanceProbe(TrainerCallback):
             if step:
                 engine.refresh(draft=kind == "refreshed")
             stats = engine.generate(prompts, config, seed=step).stats
-            engine.release()
+            engine.end_conversation()
             examined = sum(stats.examined_per_position)
             point[f"{qtype} {kind}"] = {"alpha": stats.alpha, "examined": examined}
         self.points.append(point)
@@ -125,6 +125,7 @@ def plot(points: Sequence[dict[str, Any]], title: str, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     steps = [point["step"] for point in points]
@@ -135,7 +136,7 @@ def plot(points: Sequence[dict[str, Any]], title: str, path: Path) -> None:
             errors = [(v["alpha"] * (1 - v["alpha"]) / v["examined"]) ** 0.5 for v in values]
             axes.errorbar(steps, alphas, errors, fmt=style, color=f"C{i}", capsize=2, label=f"{qtype}, {kind}")
     axes.set(xlabel="optimizer step", ylabel="alpha (accepted / examined), T = 1")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(title, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)

@@ -54,7 +54,7 @@ def smoke_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     out = tmp_path_factory.mktemp("out") / "result.json"
     options = "--engines stock,plain,selfspec --rows 3 --length-profile longtail --max-new-tokens 12"
     options += " --prompt-length 6 --dtype fp32 --device cpu --threads 1 --repeats 2 --warmup-tokens 24"
-    options += " --synthetic-acceptance 0.5 --num-speculative-tokens 2 --draft-qtype qint8"
+    options += " --synthetic-acceptance 0.5 --num-speculative-tokens 2 --max-active-sequences 3 --draft-qtype qint8"
     done = subprocess.run(
         [sys.executable, "scripts/bench_rollout.py", "run", "--model", tiny_model, *options.split(), "--out", out],
         cwd=ROOT,

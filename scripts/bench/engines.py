@@ -146,7 +146,7 @@ class SyntheticEngine(SelfSpecEngine):
 
 
 class OwnEngine:
-    """Ours: `plain` with 0 drafted tokens, `selfspec` otherwise. As after a trainer's rollout, the cache is freed."""
+    """Ours: `plain` with 0 drafted tokens, `selfspec` otherwise; each rollout ends as a trainer's does."""
 
     def __init__(
         self, model: PreTrainedModel, options: SelfSpecOptions, synthetic_acceptance: float | None = None
@@ -166,7 +166,7 @@ class OwnEngine:
     def rollout(self, workload: Workload, seed: int) -> list[list[int]]:
         config = _generation_config(max(workload.lengths))
         output = self.engine.generate(workload.prompt_ids, config, seed=seed, max_new_tokens=workload.lengths)
-        self.engine.release()
+        self.engine.end_conversation()
         self.stats += output.stats
         return output.completion_ids
 
