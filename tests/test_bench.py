@@ -119,9 +119,10 @@ def test_bytes_read_by_plain_rounds_are_counted_exactly() -> None:
         assert traffic.weight_bytes == 4 * model.num_parameters()
         assert traffic.weight_bytes - traffic.weights_read_bytes == (0 if tied else 4 * 64 * 32)
         assert traffic.kv_read_bytes == 12 * 2 * 2 * 16 * 4
-    stats = RolloutStats(plain_rounds=4, plain_s=2.0)  # of two rollouts
-    rate = own_figures(stats, 2, traffic)["plain_bytes_per_s"]
-    assert rate == (4 * traffic.weights_read_bytes + 2 * traffic.kv_read_bytes) / 2.0
+    stats = RolloutStats(plain_rounds=4, plain_s=2.0, rollout_s=3.5, prefill_s=0.5)  # of two rollouts
+    figures = own_figures(stats, 2, traffic)
+    assert (figures["plain_round_ms"], figures["wall_ms_per_round"]) == (500, 750)
+    assert figures["plain_bytes_per_s"] == (4 * traffic.weights_read_bytes + 2 * traffic.kv_read_bytes) / 2.0
 
 
 def test_nvidia_smi_is_read_field_by_field() -> None:
@@ -289,3 +290,19 @@ def test_plot_draws_a_panel_per_pair_and_a_line_per_model(smoke_run: tuple[dict,
     figure = tmp_path / "ratios.png"
     plot([result, other], figure)
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_named_and_its_memory_and_bandwidth_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    """Numbers without the card, its clocks and its bandwidth can't be compared with anybody else's."""
+    options = "--preset tiny --rows 4 --max-new-tokens 24 --prompt-length 16 --repeats 2 --warmup-tokens 48"
+    options += " --synthetic-acceptance 0.9 --num-speculative-tokens 3 --max-active-sequences 4 --device cuda"
+    bench_rollout.main(["run", *options.split()])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    gpu = result["provenance"]["hardware"]["gpu"]
+    assert gpu["name"] == torch.cuda.get_device_name() and gpu["cuda"] == torch.version.cuda
+    assert result["provenance"]["hardware"]["measured_copy_bytes_per_s"] > 1e11
+    for name in ("stock", "plain", "selfspec"):
+        assert result["engines"][name]["peak_memory_bytes"] >= result["workload"]["weight_bytes"]
+    assert result["engines"]["selfspec"]["kv_bytes"] > 0
+    assert result["engines"]["selfspec"]["requantize_s"]["median"] < 10

@@ -88,10 +88,10 @@ def in_plain_rounds(figure: str) -> Callable[[Result], float]:
 
 
 def in_reads_of_the_weights(result: Result) -> float:
-    """A plain round over the time that all parameters take at the bandwidth of a device copy."""
+    """A plain round by the wall clock over the time that all parameters take at the bandwidth of a device copy."""
     bandwidth = result["provenance"]["hardware"]["measured_copy_bytes_per_s"]
     read_ms = 1e3 * result["workload"]["weight_bytes"] / bandwidth
-    return result["engines"]["plain"]["plain_round_ms"] / read_ms
+    return result["engines"]["plain"]["wall_ms_per_round"] / read_ms
 
 
 def startup_s(result: Result) -> float:
