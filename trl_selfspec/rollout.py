@@ -62,9 +62,7 @@ class Rollout:
     drafter_is_current: bool = False
     keep: bool = False  # finished rows, for later rollouts
     on_round: Callable[[Progress], None] | None = None
-    rounds_ahead: int = (
-        0  # launched before the host reads what the last one brought; what finished rows draw there is ignored
-    )
+    rounds_ahead: int = 0  # launched before the host reads the last one; what rows draw after their end is ignored
     stats: RolloutStats = field(default_factory=RolloutStats)
 
     def __post_init__(self) -> None:
