@@ -3,124 +3,18 @@
 import math
 from collections.abc import Mapping, Sequence
 
-import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import Phase, settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from cache_machine import CAPACITY, LAYERS, ROWS, STATEFUL, CacheMachine, assert_noticed
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from trl_selfspec.attention import bind_cache, selfspec_attention
-from trl_selfspec.cache import TRASH_PAGE, PagedCache
+from trl_selfspec.cache import PagedCache
 from trl_selfspec.kernels.cpu import build
 
 
-ROWS, CAPACITY, LAYERS, HEADS, HEAD_DIM = 4, 13, 2, 2, 3
 TOLERANCE = 1e-5  # fp32 rounding of sums in another order; one key too many or too few is 1e-2 or more
-
-
-class CacheMachine(RuleBasedStateMachine):
-    """Random operations of a rollout; row r must always read back what was written for it.
-
-    A row of the model is the list of values written to its slots. Every write is a new number.
-    """
-
-    page_size: int | None = None
-
-    @initialize()
-    def make(self) -> None:
-        self.cache = self.make_cache()
-        self.model: list[list[float] | None] = [None] * ROWS
-        self.written = 0.0
-
-    def make_cache(self) -> PagedCache:
-        return PagedCache(LAYERS, ROWS, CAPACITY, self.page_size)
-
-    def write(self, rows: list[int], starts: list[int], width: int, kept: list[int]) -> None:
-        """A forward of `width` positions per row of which row i keeps the first `kept[i]`; the rest is overwritten."""
-        for row, start in zip(rows, starts, strict=True):
-            self.cache.reserve(row, start + width)
-        positions = torch.tensor(starts)[:, None] + torch.arange(width)
-        values = self.written + 1 + torch.arange(len(rows) * width, dtype=torch.float32).view(len(rows), width)
-        self.written = float(values.max())
-        self.cache.begin(positions, max(starts) + width, rows=torch.tensor(rows))
-        self.update(values)
-        for i, row in enumerate(rows):
-            self.model[row] = (self.model[row] or [])[: starts[i]] + values[i, : kept[i]].tolist()
-
-    def update(self, values: Tensor) -> None:
-        states = values[:, None, :, None].expand(-1, HEADS, -1, HEAD_DIM)
-        for index, layer in enumerate(self.cache.layers):
-            keys, _ = layer.update(states + 10_000 * index, -states - 10_000 * index)
-            assert keys.shape == states.shape
-
-    def rows_where(self, empty: bool) -> list[int]:
-        return [row for row in range(ROWS) if (self.model[row] is None) is empty]
-
-    @rule(data=st.data(), length=st.integers(1, 8))
-    @precondition(lambda self: self.rows_where(empty=True))
-    def prefill(self, data: st.DataObject, length: int) -> None:
-        row = data.draw(st.sampled_from(self.rows_where(empty=True)))
-        padding = data.draw(st.integers(0, 3))
-        self.cache.reserve(row, length)
-        positions = torch.arange(length + padding)[None]
-        values = self.written + 1 + torch.arange(length + padding, dtype=torch.float32)[None]
-        self.written = float(values.max())
-        self.cache.begin(positions, length + padding, torch.tensor([row]), torch.tensor([length]), fresh=True)
-        self.update(values)
-        self.model[row] = values[0, :length].tolist()
-
-    @rule(data=st.data(), width=st.integers(1, 4))
-    @precondition(lambda self: self.rows_where(empty=False))
-    def speculate(self, data: st.DataObject, width: int) -> None:
-        rows = [row for row in self.rows_where(empty=False) if len(self.model[row] or []) + width <= CAPACITY]
-        if rows:
-            kept = [data.draw(st.integers(1, width)) for _ in rows]
-            self.write(rows, [len(self.model[row] or []) for row in rows], width, kept)
-
-    @rule(data=st.data())
-    @precondition(lambda self: self.rows_where(empty=False))
-    def rearrange(self, data: st.DataObject) -> None:
-        """Any rows from any prefixes of any rows: sharing, moving, swapping and releasing are cases of it."""
-        targets = data.draw(st.lists(st.integers(0, ROWS - 1), min_size=1, unique=True))
-        sources = [data.draw(st.sampled_from(self.rows_where(empty=False))) for _ in targets]
-        lengths = [data.draw(st.integers(0, len(self.model[source] or []))) for source in sources]
-        prefixes = [(self.model[source] or [])[:n] or None for source, n in zip(sources, lengths, strict=True)]
-        self.cache.rearrange(dict(zip(targets, zip(sources, lengths, strict=True), strict=True)))
-        for row, prefix in zip(targets, prefixes, strict=True):
-            self.model[row] = prefix
-
-    @rule(data=st.data())
-    def adopt(self, data: st.DataObject) -> None:
-        """A larger cache takes over some rows, in another order and cut short."""
-        rows = data.draw(st.lists(st.sampled_from(self.rows_where(empty=False) or [0]), unique=True))
-        lengths = [data.draw(st.integers(0, len(self.model[row] or []))) for row in rows]
-        old, self.cache = self.cache, self.make_cache()
-        self.cache.adopt(old, list(zip(rows, lengths, strict=True)))
-        assert old.nbytes == 0
-        prefixes = [(self.model[row] or [])[:n] or None for row, n in zip(rows, lengths, strict=True)]
-        self.model = prefixes + [None] * (ROWS - len(rows))
-
-    @invariant()
-    def rows_read_back_what_was_written(self) -> None:
-        for row, expected in enumerate(self.model):
-            if not expected or not self.cache.layers[0].is_initialized:
-                continue
-            self.cache.begin(torch.tensor([[len(expected) - 1]]), len(expected), rows=torch.tensor([row]))
-            for index in range(LAYERS):
-                keys, values = self.cache.keys_and_values(index)
-                assert (keys[0, :, 0, 0] - 10_000 * index).tolist() == expected
-                assert torch.equal(values, -keys)
-
-    @invariant()
-    def pages_are_neither_lost_nor_owned_twice(self) -> None:
-        cache = self.cache
-        if cache.dense:
-            return
-        owned = [page for pages in cache._pages for page in pages]
-        assert sorted([TRASH_PAGE, *set(owned), *cache._free]) == list(range(cache.num_pages))
-        assert all(cache._owners[page] == owned.count(page) for page in set(owned))
 
 
 class PagesOfFour(CacheMachine):
@@ -158,9 +52,8 @@ class AdoptsInItsOwnOrder(PagedCache):
         super().adopt(other, sorted(sources))
 
 
-stateful = settings(max_examples=100, stateful_step_count=25, deadline=None, derandomize=True)
 for machine in (CacheMachine, PagesOfFour, PagesOfOne):
-    machine.TestCase.settings = stateful  # type: ignore[attr-defined]
+    machine.TestCase.settings = STATEFUL  # type: ignore[attr-defined]
 TestDenseRows = CacheMachine.TestCase
 TestPagesOfFour = PagesOfFour.TestCase
 TestPagesOfOne = PagesOfOne.TestCase
@@ -187,9 +80,7 @@ def test_a_broken_cache_is_noticed(broken: type[PagedCache], page_size: int | No
         def make_cache(self) -> PagedCache:
             return broken(LAYERS, ROWS, CAPACITY, page_size)
 
-    Machine.TestCase.settings = settings(stateful, phases=[Phase.generate], database=None)  # type: ignore[attr-defined]
-    with pytest.raises((AssertionError, IndexError)):
-        Machine.TestCase("runTest").runTest()
+    assert_noticed(Machine)
 
 
 class Layer(nn.Module):

@@ -23,6 +23,8 @@ BAD_VALUES = [
     ("selfspec_verification", "typical"),
     ("selfspec_refresh_interval", 0),
     ("selfspec_max_batch_size", -2),
+    ("selfspec_kv_memory_fraction", 1.0),
+    ("selfspec_release_kv_cache", "sometimes"),
     ("selfspec_cuda_graphs", "sometimes"),
 ]
 
@@ -84,6 +86,7 @@ def test_other_options_parse_from_the_command_line(tmp_path: Path) -> None:
         *("--no_use_selfspec", "--selfspec_cuda_graphs", "false", "--selfspec_max_active_sequences", "16"),
         *("--selfspec_max_batch_size", "32", "--selfspec_verification", "coupled", "--selfspec_draft_qtype", "qint8"),
         *("--selfspec_refresh_interval", "2", "--no_selfspec_quantize_lm_head"),
+        *("--selfspec_kv_memory_fraction", "0.25", "--no_selfspec_release_kv_cache"),
     )
     assert not config.use_selfspec
     assert config.options() == SelfSpecOptions(
@@ -94,6 +97,8 @@ def test_other_options_parse_from_the_command_line(tmp_path: Path) -> None:
         max_batch_size=32,
         cuda_graphs=False,
         quantize_lm_head=False,
+        kv_memory_fraction=0.25,
+        release_kv_cache=False,
     )
 
 

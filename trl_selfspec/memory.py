@@ -138,8 +138,8 @@ class KVMemory:
             page_bytes, fraction = slots * self._token_bytes, self._options.kv_memory_fraction
             raise ValueError(
                 f"The keys and values of one row of {needed * slots} tokens, its draft included, need "
-                f"{_mib(needed * page_bytes)}, but `kv_memory_fraction={fraction}` of the {_mib(free)} that are free "
-                f"gives {_mib(affordable * page_bytes)}; raise `kv_memory_fraction`, or lower the completion length "
+                f"{_size(needed * page_bytes)}, but `kv_memory_fraction={fraction}` of {_size(free)} of free memory "
+                f"gives {_size(affordable * page_bytes)}; raise `kv_memory_fraction`, or lower the completion length "
                 "(`max_completion_length`, `max_new_tokens`)."
             )
 
@@ -149,5 +149,9 @@ def _rounded_up(num_slots: int) -> int:
     return -(-num_slots // step) * step
 
 
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:,.1f} MiB"
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GiB"

@@ -1,0 +1,197 @@
+"""How large the cache is: from a budget, no larger than can be used, given back between rollouts if so wished."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from conversations import GREEDY, PROMPTS, make_engine
+from tiny_models import force_page_size, tiny_model
+from transformers import PreTrainedModel
+
+from trl_selfspec import SelfSpecOptions, memory
+from trl_selfspec.cache import PagedCache
+from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.kept import KeptRows
+from trl_selfspec.memory import MAX_ROWS, KVMemory, kv_bytes_per_token
+from trl_selfspec.scheduler import Request
+from trl_selfspec.stats import RolloutStats
+
+
+PAGE = 4
+DEVICE = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_model("llama")
+
+
+@pytest.fixture(autouse=True)
+def _pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    force_page_size(monkeypatch, PAGE)
+
+
+def allocate(
+    monkeypatch: pytest.MonkeyPatch,
+    model: PreTrainedModel,
+    free_pages: int,
+    requests: list[Request],
+    kept: KeptRows | None = None,
+    **options: Any,
+) -> KeptRows:
+    token_bytes = kv_bytes_per_token(model.config, torch.float32)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free_pages * PAGE * token_bytes)
+    chosen = SelfSpecOptions(num_speculative_tokens=3, **options)
+    return KVMemory(2, model.config, torch.float32, None, chosen).allocate(requests, kept, DEVICE)
+
+
+def requests(count: int, limit: int = 28) -> list[Request]:
+    """Each may need 8 pages: its tokens, a draft of 3, and one slot."""
+    return [Request(row_id, (row_id, 1, 2), limit) for row_id in range(count)]
+
+
+@pytest.mark.parametrize(("fraction", "num_pages"), [(0.5, 50), (0.25, 25), (0.9, 90)])
+def test_pages_are_a_fraction_of_what_is_free(
+    monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, fraction: float, num_pages: int
+) -> None:
+    """Prevents a cache that leaves training and activations nothing."""
+    cache = allocate(monkeypatch, model, 100, requests(40), kv_memory_fraction=fraction).cache
+    assert cache.num_free == num_pages
+    assert cache.max_rows == 40, "rows are not limited to those that fit at their full length"
+
+
+def test_no_more_pages_than_can_be_used(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:
+    """Prevents a handful of short rows from taking half of the memory."""
+    assert allocate(monkeypatch, model, 10_000, requests(5)).cache.num_free == 5 * 8 + 5
+    assert allocate(monkeypatch, model, 10_000, requests(5), max_batch_size=2).cache.num_free == 2 * 8 + 2
+
+
+@pytest.mark.parametrize(("given", "rows"), [(None, MAX_ROWS), (7, 7), (300, 300)])
+def test_rows_are_as_many_as_asked_for(
+    monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, given: int | None, rows: int
+) -> None:
+    """Prevents logits of a thousand rows where nobody asked for them."""
+    assert allocate(monkeypatch, model, 100, requests(500), max_batch_size=given).cache.max_rows == rows
+
+
+def test_pages_that_are_held_count_as_free(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:
+    """Prevents a conversation from losing memory with each turn to the turns before."""
+    kept = allocate(monkeypatch, model, 32, requests(40))
+    cache, page = kept.cache, PAGE * kv_bytes_per_token(model.config, torch.float32)
+    cache.begin(torch.zeros(1, 1, dtype=torch.int64), 1, torch.tensor([0]))
+    for layer in cache.pages_of:
+        layer.update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16))
+    assert cache.nbytes == 17 * page
+    assert allocate(monkeypatch, model, 100 - 17, requests(40), kept) is kept, "it grows in place"
+    assert cache.num_free == 50
+    assert cache.nbytes == 51 * page
+
+
+def test_a_row_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:
+    """Prevents a rollout that stands still, and an error that does not say what to do. One page more suffices."""
+    with pytest.raises(ValueError, match=r"kv_memory_fraction=0\.5") as error:
+        allocate(monkeypatch, model, 2 * 7, requests(3))
+    for part in ("32 tokens", "max_completion_length", "max_new_tokens", "KiB"):
+        assert part in str(error.value)
+    assert allocate(monkeypatch, model, 2 * 8, requests(3)).cache.num_free == 8
+
+
+def addresses(cache: PagedCache) -> list[int]:
+    return [cache._table.data_ptr(), *(id(layer) for layer in cache.pages_of)]
+
+
+def test_released_pages_come_back_to_the_same_table(model: PreTrainedModel) -> None:
+    """A captured graph goes on reading the table where it was; and a rollout must not see what lay there before."""
+    engine = make_engine(model)
+    first = engine.generate(PROMPTS, GREEDY, seed=1)
+    cache = engine._kept.cache  # type: ignore[union-attr]
+    before = addresses(cache)
+    engine.release()
+    assert cache.nbytes == 0
+    again = engine.generate(PROMPTS, GREEDY, seed=1)
+    assert engine._kept.cache is cache  # type: ignore[union-attr]
+    assert addresses(cache) == before
+    assert (again.completion_ids, again.logprobs) == (first.completion_ids, first.logprobs)
+    assert again.stats.kv_bytes == first.stats.kv_bytes == cache.nbytes > 0
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_a_conversation_ends_with_or_without_its_memory(model: PreTrainedModel, released: bool) -> None:
+    """Prevents training without the memory that it was promised, and rows that outlive their conversation."""
+    engine = make_engine(model, release_kv_cache=released)
+    output = engine.generate(PROMPTS, GREEDY, keep=True)
+    held = engine._kept.cache.nbytes  # type: ignore[union-attr]
+    engine.end_conversation()
+    assert len(engine._kept) == 0  # type: ignore[arg-type]
+    assert engine._kept.cache.nbytes == (0 if released else held)  # type: ignore[union-attr]
+    turns = [prompt + new + [5] for prompt, new in zip(PROMPTS, output.completion_ids, strict=True)]
+    expected = make_engine(model).generate(turns, GREEDY)
+    actual = engine.generate(turns, GREEDY, keep=True)
+    assert actual.completion_ids == expected.completion_ids
+    assert actual.stats.reused_prompt_tokens == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_failed_rollout_leaves_nothing_behind(family: str) -> None:
+    """Prevents NaN in a page from reaching the next rollout through keys that are masked."""
+    model = tiny_model(family)
+    engine = make_engine(model)
+    expected = engine.generate(PROMPTS, GREEDY).completion_ids
+    weight = model.get_parameter("model.layers.0.self_attn.v_proj.weight")
+    good = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(float("nan"))
+    engine.refresh()
+    with pytest.raises(ValueError, match="not finite"):
+        engine.generate(PROMPTS, GREEDY)
+    with torch.no_grad():
+        weight.copy_(good)
+    engine.refresh()
+    assert engine.generate(PROMPTS, GREEDY).completion_ids == expected
+
+
+def test_scarce_memory_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Prevents a slow run whose user does not know which option to change, and a warning about a few tokens."""
+    logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]  # other tests may have caused it
+    with caplog.at_level(logging.WARNING, logger="trl_selfspec.memory"):
+        memory.warn_if_scarce(RolloutStats(prompt_tokens=100, completion_tokens=900, recomputed_tokens=49))
+        assert not caplog.records
+        for recomputed in (51, 200):
+            memory.warn_if_scarce(RolloutStats(prompt_tokens=100, completion_tokens=900, recomputed_tokens=recomputed))
+    (message,) = caplog.messages
+    assert all(name in message for name in ("max_batch_size", "kv_memory_fraction", "completion length"))
+
+
+def test_pauses_are_logged_when_there_are_any() -> None:
+    """Prevents two more columns of zeros in every log."""
+    names = {"selfspec/paused_rows", "selfspec/recomputed_tokens"}
+    assert not names & RolloutStats().metrics().keys()
+    metrics = RolloutStats(paused_rows=2, recomputed_tokens=9).metrics()
+    assert [metrics[name] for name in sorted(names)] == [2, 9]
+
+
+@pytest.mark.parametrize("value", [0, 0.0, 1, 1.0, -0.1, 1.5, True, "0.5", None, float("nan")])
+def test_a_fraction_that_is_none_is_refused(value: Any) -> None:
+    """Prevents a budget of nothing, and one that leaves no room for a forward."""
+    with pytest.raises(ValueError, match="kv_memory_fraction"):
+        SelfSpecOptions(kv_memory_fraction=value)
+    assert SelfSpecOptions(kv_memory_fraction=0.3).kv_memory_fraction == 0.3
+
+
+@pytest.mark.parametrize("value", [0, "yes", None])
+def test_whether_to_release_is_a_bool(value: Any) -> None:
+    """Prevents a text that is true whatever it says."""
+    with pytest.raises(ValueError, match="release_kv_cache"):
+        SelfSpecOptions(release_kv_cache=value)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_memory_is_given_back() -> None:
+    """Prevents pages that training can't use; rows kept for a later turn hold theirs until then."""
+    engine = SelfSpecEngine(tiny_model("llama").to("cuda"), SelfSpecOptions(num_speculative_tokens=0))  # type: ignore[arg-type]
+    allocated = []
+    for keep in (False, True, False):
+        engine.generate(PROMPTS, GREEDY, keep=keep)
+        allocated.append(engine._kept.cache.nbytes)  # type: ignore[union-attr]
+    assert allocated[0] == allocated[2] == 0 < allocated[1]

@@ -1,0 +1,298 @@
+"""Rollouts that run out of pages: rows pause and go on, and nobody can tell from what comes out."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conversations import PROMPTS, converse, make_engine
+from recorded_graph import record
+from tiny_models import Schedule, force_page_size, ragged_prompts, tiny_model
+from transformers import GenerationConfig, PreTrainedModel
+
+from trl_selfspec import memory
+from trl_selfspec.admission import Admission
+from trl_selfspec.engine import RolloutOutput, SelfSpecEngine
+from trl_selfspec.graphs import GraphPool
+from trl_selfspec.kept import KeptRows
+from trl_selfspec.kernels.cpu import build
+from trl_selfspec.memory import kv_bytes_per_token
+from trl_selfspec.rollout import Rollout, Span
+from trl_selfspec.rounds import RowState
+from trl_selfspec.scheduler import Request, Scheduler
+
+
+PAGE = 4
+GROUPS = [prompt for prompt in PROMPTS for _ in range(3)]
+EOS = list(range(20, 25))
+LONGEST = 12  # pages of 20 tokens, 24 new ones, a draft of 3, and one slot: what the longest of these rows may need
+SEED = 2  # one of those whose residual laws no rounding tips over
+GREEDY = {"do_sample": False}
+SAMPLED = {"do_sample": True, "temperature": 0.8}
+PROCESSED = SAMPLED | {"top_k": 40, "repetition_penalty": 1.1, "min_new_tokens": 6}
+TOLERANCE = 1e-4  # fp32 rounding of log-probabilities in other shapes; another history is off by 0.1 or more
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_model("llama")
+
+
+@pytest.fixture(autouse=True)
+def _pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    force_page_size(monkeypatch, PAGE)
+
+
+def config(law: dict[str, Any]) -> GenerationConfig:
+    return GenerationConfig(**{"max_new_tokens": 24, "eos_token_id": EOS, "top_k": 0} | law)
+
+
+def give_pages(monkeypatch: pytest.MonkeyPatch, engine: SelfSpecEngine, num_pages: int) -> None:
+    """Half of the memory that is free, or that this engine's cache holds, is as many pages from here on."""
+    total = 2 * num_pages * PAGE * kv_bytes_per_token(engine.model.config, torch.float32)
+
+    def free_bytes(device: torch.device) -> int:
+        return total - (0 if engine._kept is None else engine._kept.cache.nbytes)
+
+    monkeypatch.setattr(memory, "free_bytes", free_bytes)
+
+
+def assert_same(actual: RolloutOutput, expected: RolloutOutput) -> None:
+    assert actual.completion_ids == expected.completion_ids
+    for ours, theirs in ((actual.logprobs, expected.logprobs), (actual.policy_logprobs, expected.policy_logprobs)):
+        for row, reference in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(torch.tensor(row), torch.tensor(reference), rtol=0, atol=TOLERANCE)
+
+
+def compare(
+    monkeypatch: pytest.MonkeyPatch,
+    model: PreTrainedModel,
+    law: dict[str, Any],
+    num_pages: int,
+    prompts: list[list[int]] = GROUPS,
+    **options: Any,
+) -> tuple[RolloutOutput, RolloutOutput]:
+    """With as many pages, and with all that can be used."""
+    expected = make_engine(model, **options).generate(prompts, config(law), seed=SEED)
+    assert expected.stats.paused_rows == 0
+    pressed = make_engine(model, **options)
+    give_pages(monkeypatch, pressed, num_pages)
+    return pressed.generate(prompts, config(law), seed=SEED), expected
+
+
+@pytest.mark.parametrize("num_pages", [LONGEST, 20, 40])
+@pytest.mark.parametrize(
+    ("law", "verification", "gamma"),
+    [
+        (GREEDY, "rejection", 0),
+        (GREEDY, "rejection", 3),
+        (SAMPLED, "rejection", 0),
+        (SAMPLED, "rejection", 3),
+        (PROCESSED, "rejection", 3),
+        (PROCESSED, "coupled", 3),
+    ],
+)
+def test_too_few_pages_change_no_token(
+    monkeypatch: pytest.MonkeyPatch,
+    model: PreTrainedModel,
+    law: dict[str, Any],
+    verification: str,
+    gamma: int,
+    num_pages: int,
+) -> None:
+    """Prevents tokens or keys that are lost, drawn twice or another row's when rows pause; down to one row's pages."""
+    actual, expected = compare(monkeypatch, model, law, num_pages, verification=verification, gamma=gamma)
+    assert_same(actual, expected)
+    assert len({len(row) for row in expected.completion_ids}) > 3, "rows must end at different times"
+    ours, theirs = actual.stats, expected.stats
+    assert ours.paused_rows > 0
+    assert ours.recomputed_tokens > 0
+    for counter in ("num_rows", "prompt_tokens", "completion_tokens"):
+        assert getattr(ours, counter) == getattr(theirs, counter)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "qwen3_moe"])
+def test_rows_go_on_in_other_architectures(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """Prevents a sliding window or a soft-cap that a recomputed row does not see."""
+    actual, expected = compare(monkeypatch, tiny_model(family), GREEDY, 20)
+    assert_same(actual, expected)
+    assert actual.stats.paused_rows > 0
+
+
+def test_rows_pause_between_rounds_of_any_length(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:
+    """Prevents keys of a draft that was rejected before the pause from counting as the row's."""
+    expected = make_engine(model, gamma=7).generate(GROUPS, config(GREEDY), seed=SEED)
+    engine = make_engine(model, gamma=7)
+    engine.controller = Schedule(7, 0, 1, 0, 3)  # type: ignore[assignment]
+    give_pages(monkeypatch, engine, 20)
+    actual = engine.generate(GROUPS, config(GREEDY), seed=SEED)
+    assert_same(actual, expected)
+    assert actual.stats.paused_rows > 0
+
+
+def test_replayed_rounds_follow_rows_that_pause(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:
+    """Prevents a captured round from reading a table that the host has since changed, or storage that has gone."""
+    monkeypatch.setattr(build, "_library", lambda: None)  # our C kernels are no operations of torch: none is recorded
+    expected = make_engine(model).generate(GROUPS, config(SAMPLED), seed=SEED)
+    engine = make_engine(model)
+    engine._graphs = GraphPool(record)
+    for num_pages in (LONGEST, 20):
+        give_pages(monkeypatch, engine, num_pages)
+        actual = engine.generate(GROUPS, config(SAMPLED), seed=SEED)
+        assert_same(actual, expected)
+        assert actual.stats.paused_rows > 0
+        assert len(engine._graphs) > 0
+        engine.release()
+
+
+@pytest.mark.parametrize("law", [GREEDY, SAMPLED])
+def test_conversations_go_on_from_what_there_was_room_to_keep(
+    monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, law: dict[str, Any]
+) -> None:
+    """Rows kept for later turns give way before a live one does, and a prompt loses its history at worst."""
+    kept_at_pause: list[int] = []
+    pause = Rollout._pause
+
+    def watched(self: Rollout, row: int) -> None:
+        kept_at_pause.append(len(self.kept))
+        pause(self, row)
+
+    monkeypatch.setattr(Rollout, "_pause", watched)
+    expected, _ = converse(make_engine(model), config(law), keep=False)
+    for num_pages in (26, 40, 80):
+        engine = make_engine(model)
+        give_pages(monkeypatch, engine, num_pages)
+        actual, stats = converse(engine, config(law), keep=True)
+        assert actual == expected
+    assert stats.reused_prompt_tokens > 0, "with the most of these, something must have been kept"
+    assert kept_at_pause
+    assert set(kept_at_pause) == {0}
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["", "the oldest pauses"])
+def test_the_oldest_row_comes_to_its_end(
+    monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, broken: bool
+) -> None:
+    """Prevents rows that take each other's pages in turn. Negative control: the other order is seen."""
+    pause, from_the_oldest = Scheduler.pause, []
+
+    def watched(self: Scheduler, row: int, done: tuple[int, ...]) -> int:
+        from_the_oldest.append(self._ages[row] == min(self._ages))
+        return pause(self, row, done)
+
+    monkeypatch.setattr(Scheduler, "pause", watched)
+    if broken:
+        monkeypatch.setattr(Scheduler, "newest", lambda self: self._ages.index(min(self._ages)))
+    actual, _ = compare(monkeypatch, model, SAMPLED, LONGEST)
+    rounds = actual.stats.plain_rounds + actual.stats.num_rounds_speculative
+    assert len(from_the_oldest) == actual.stats.paused_rows > 0
+    assert rounds <= actual.stats.completion_tokens
+    assert any(from_the_oldest) is broken
+
+
+def test_paused_rows_share_their_prompt_again(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:
+    """Prevents a group from needing its prompt's pages once per row after a pause, and from computing it again."""
+    done: list[int] = []
+    pause = Scheduler.pause
+
+    def watched(self: Scheduler, row: int, tokens: tuple[int, ...]) -> int:
+        done.append(len(tokens))
+        return pause(self, row, tokens)
+
+    monkeypatch.setattr(Scheduler, "pause", watched)
+    prompts = ragged_prompts([33]) * 6  # 8 pages once, and at most 8 for each row's own
+    actual, expected = compare(monkeypatch, model, SAMPLED | {"eos_token_id": None}, 8 + 3 * 8, prompts)
+    assert_same(actual, expected)
+    assert actual.stats.recomputed_tokens == sum(done) > 0
+
+
+def test_a_group_counts_its_prompt_once(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:
+    """Prevents memory for prompts that no row holds alone, and rows that wait for it."""
+    prompts = ragged_prompts([33]) * 6
+    engine = make_engine(model)
+    give_pages(monkeypatch, engine, 10_000)
+    output = engine.generate(prompts, config(SAMPLED | {"eos_token_id": None}), seed=SEED)
+    needed = -(-(33 + 24 + 3 + 1) // PAGE)
+    assert engine._kept.cache.num_pages == 1 + 8 + 6 * (needed - 8) + 6  # type: ignore[union-attr]
+    assert output.stats.paused_rows == 0
+    assert output.stats.kv_bytes == engine._kept.cache.nbytes > 0  # type: ignore[union-attr]
+
+
+def test_a_row_in_flight_counts_as_completed_tokens(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:
+    """Prevents a progress bar that runs backwards whenever a row pauses."""
+    engine, progress = make_engine(model), []
+    give_pages(monkeypatch, engine, 20)
+    output = engine.generate(GROUPS, config(SAMPLED), seed=SEED, on_round=progress.append)
+    tokens = [round_.completed_tokens for round_ in progress]
+    assert output.stats.paused_rows > 0
+    assert tokens == sorted(tokens)
+    assert tokens[-1] == sum(map(len, output.completion_ids))
+
+
+# What must not pass.
+
+
+def forget_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    pause = Scheduler.pause
+    monkeypatch.setattr(Scheduler, "pause", lambda self, row, done: pause(self, row, done[:-1]))
+
+
+def go_on_without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = Rollout._prefill_batches
+
+    def prompts_alone(self: Rollout, rows: list[int], starts: list[int]) -> Any:
+        for spans in batches(self, rows, starts):
+            ends = [len(self.scheduler.active[span.row].prompt) - 1 for span in spans]
+            kept = [Span(span.row, span.start, end) for span, end in zip(spans, ends, strict=True) if end > span.start]
+            for span in spans:
+                self.runner.cache.reserve(span.row, span.end)
+            if kept:
+                yield kept
+
+    monkeypatch.setattr(Rollout, "_prefill_batches", prompts_alone)
+
+
+def count_what_was_generated_as_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    admit = RowState.admit
+
+    def longer(self: RowState, row: int, prompt: tuple, limit: int, row_id: int, done: tuple = ()) -> None:
+        admit(self, row, (*prompt, *done), limit, row_id)
+
+    monkeypatch.setattr(RowState, "admit", longer)
+
+
+def take_a_paused_row_for_a_fresh_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sibling(self: Scheduler, row: int) -> Request | None:
+        same = self.waiting and self.waiting[0].prompt == self.active[row].prompt
+        return replace(self.waiting.popleft(), done=()) if same else None
+
+    monkeypatch.setattr(Scheduler, "waiting_sibling", sibling)
+
+
+@pytest.mark.parametrize(
+    "sabotage",
+    [forget_a_token, go_on_without_keys, count_what_was_generated_as_prompt, take_a_paused_row_for_a_fresh_one],
+)
+def test_a_broken_pause_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, sabotage: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    """Negative controls: the comparison with a rollout that has all pages sees each of these."""
+    sabotage(monkeypatch)
+    actual, expected = compare(monkeypatch, model, PROCESSED, 20)
+    assert actual.stats.paused_rows > 0
+    with pytest.raises(AssertionError):
+        assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("broken", ["prompts count once more", "kept rows stay"])
+def test_broken_admission_is_noticed(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, broken: str) -> None:
+    """Negative controls: pages that are promised twice, and rows that starve behind what is kept."""
+    if broken == "kept rows stay":
+        monkeypatch.setattr(KeptRows, "evict", lambda *args, **kwargs: False)
+    else:
+        monkeypatch.setattr(Admission, "_needs", lambda self, request: (-1, 0))
+    engine = make_engine(model)
+    give_pages(monkeypatch, engine, 20)
+    with pytest.raises((AssertionError, IndexError)):
+        converse(engine, config(GREEDY), keep=True)
