@@ -151,15 +151,16 @@ class Rollout:
         Returns how many slots attention has to read.
         """
         cache = self.runner.cache
-        while not cache.dense and cache.missing_pages(self._longest(), lookahead) > cache.num_free:
+        lengths = [self._longest(row) for row in range(self.scheduler.num_active)]
+        while not cache.dense and cache.missing_pages(lengths, lookahead) > cache.num_free:
             if self.kept.evict():
                 continue
             if self._in_flight:
                 self._settle()
-                continue
-            assert self.scheduler.num_active > 1, "the cache holds one row to its limit"
-            self._pause(self.scheduler.newest())
-        lengths = self._longest()
+            else:
+                assert self.scheduler.num_active > 1, "the cache holds one row to its limit"
+                self._pause(self.scheduler.newest())
+            lengths = [self._longest(row) for row in range(self.scheduler.num_active)]
         if not cache.dense:
             for row, length in enumerate(lengths):
                 cache.reserve(row, length + lookahead)
@@ -167,10 +168,9 @@ class Rollout:
         longest = max(lengths, default=0) + lookahead
         return min(-(-longest // SLOT_QUANTUM) * SLOT_QUANTUM, cache.row_capacity)
 
-    def _longest(self) -> list[int]:
-        """The tokens that each row holds at most, whatever the rounds in flight bring."""
-        ahead, scheduler = self._ahead, self.scheduler
-        return [min(n + ahead, r.limit) for n, r in zip(scheduler.lengths, scheduler.active, strict=True)]
+    def _longest(self, row: int) -> int:
+        """The tokens that a row holds at most, whatever the rounds in flight bring."""
+        return min(self.scheduler.lengths[row] + self._ahead, self.scheduler.active[row].limit)
 
     @property
     def _ahead(self) -> int:
@@ -191,12 +191,15 @@ class Rollout:
             last = scheduler.retire(row)
             self._vacate(row, last, num_keys)
             self.kept.keep(last, tokens[:num_keys])
+        if finished:
+            self._park()
 
     def _pause(self, row: int) -> None:
         """Gives a row's pages back; later it goes on from its tokens so far, and draws what it would have drawn."""
         tokens, request = self._take_down(row), self.scheduler.active[row]
         last = self.scheduler.pause(row, tokens[len(request.prompt) :])
         self._vacate(row, last, num_keys=0)
+        self._park()
         self.stats.paused_rows += 1
 
     def _vacate(self, row: int, last: int, num_keys: int) -> None:
@@ -204,8 +207,11 @@ class Rollout:
         moves = {last: (row, num_keys)}
         if last != row:
             self.runner.state.move(last, row)
-            moves[row] = last, self._longest()[row] - 1  # the last token has been drawn, not read
+            moves[row] = last, self._longest(row) - 1  # the last token has been drawn, not read
         self.runner.cache.rearrange(moves)
+
+    def _park(self) -> None:
+        """Takes the rows behind the active ones out of the rounds, which may be replays for more rows than those."""
         self.runner.cache.park(self.scheduler.num_active)
         self.runner.state.park(self.scheduler.num_active)
 
