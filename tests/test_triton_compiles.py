@@ -1,7 +1,9 @@
-"""The attention kernels compile for GPUs without one: Triton brings its own assembler."""
+"""The kernels compile for GPUs without one: Triton brings its own assembler."""
 
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -9,23 +11,34 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 SMALLEST_SHARED_MEMORY = 99 * 1024  # bytes a block may have, of Ampere's and Ada's consumer cards
-PROGRAM = """
-import sys, triton
+COMPILE = """
+import re, subprocess, sys, tempfile, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from trl_selfspec.kernels.cuda.attention import SPLIT, COMBINED, _attend_split, _combine, _write_slot, num_warps
-from trl_selfspec.kernels.cuda.attention import tiling
 
-def compiled(kernel, pointers, constants, floats=(), **options):
+def compiled(kernel, pointers, constants, floats=(), aligned=(), **options):
     names = kernel.arg_names
     types = pointers | {name: "fp32" for name in floats} | {name: "constexpr" for name in constants}
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, *aligned)}
     constants = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, {name: types.get(name, "i32") for name in names}, constants, aligned)
     binary = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
     assert binary.asm["cubin"]
     tensor_cores = "mma" in binary.asm["ptx"]
-    print(binary.metadata.shared, tensor_cores)
+    print(binary.metadata.shared, tensor_cores, spilled(binary), "cp.async" in binary.asm["ptx"])
+    return binary.asm["ptx"]
+
+def spilled(binary):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return re.search(r"STACK:(\\d+)", usage).group(1)
+"""
+ATTENTION = """
+from trl_selfspec.kernels.cuda.attention import SPLIT, COMBINED, _attend_split, _combine, _write_slot, num_warps
+from trl_selfspec.kernels.cuda.attention import tiling
 
 dtype, dim, queries = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 state, itemsize = "*" + dtype, 4 if dtype == "fp32" else 2
@@ -42,17 +55,65 @@ compiled(_combine, pointers, constants)
 pointers = {name: state for name in ("key", "value", "keys", "values")} | {"write_index": "*i64"}
 compiled(_write_slot, pointers, sizes | {"PADDED_HEADS": 4})
 """
+SAMPLING = """
+from trl_selfspec.kernels.cuda import rejection, sampling
+from trl_selfspec.kernels.cuda.sampling import BEST, BEST_WITH_NOISE, CHUNK, NO_WORD, NUM_WARPS, padded
+
+scores, steps = "*" + sys.argv[2], padded(6)
+types = {"scores": scores, "kept": scores, "draft_scores": scores, "words": "*i32", "remark": "*i1"}
+types |= dict.fromkeys(("seed", "step", "row_ids", "positions", "tokens", "drafts", "num_accepted"), "*i64")
+types |= dict.fromkeys(("statistics", "keys", "logprobs", "laws", "draft_laws", "masses"), "*fp32")
+chunks = {"CHUNK": CHUNK, "CHUNKS": padded(-(-151936 // CHUNK)), "STEPS": steps}
+
+def check(kernel, constants, reads, **options):
+    named = {name: value for name, value in (chunks | constants).items() if name in kernel.arg_names}
+    pointers = {name: value for name, value in types.items() if name in kernel.arg_names}
+    numbers = [name for name in ("row_stride", "vocab") if name in kernel.arg_names]
+    floats = [name for name in ("scale",) if name in kernel.arg_names]
+    ptx = compiled(kernel, pointers, named, floats, numbers, **options)
+    assert ptx.count("ld.global.v4") >= reads * CHUNK // (32 * options.get("num_warps", 4)) // (16 // int(sys.argv[3]))
+
+for seeks, keeps in ((NO_WORD, False), (NO_WORD, True), (BEST, False), (BEST_WITH_NOISE, False)):
+    check(sampling._measure, {"SEEKS": seeks.value, "KEEPS": keeps}, 1, num_warps=NUM_WARPS)
+for keeps in (False, True):
+    types["remark"] = "*i1" if keeps else "*fp32"
+    check(sampling._sample, {"PURPOSE": 1, "KEEPS": keeps}, 1, num_warps=8)
+check(sampling._best, {}, 0)
+check(sampling._look_up, {}, 0)
+check(rejection._judge, {}, 0)
+check(rejection._leftover, {}, 2, num_warps=NUM_WARPS)
+check(rejection._recover, {}, 2, num_warps=8)
+"""
+
+
+@pytest.fixture
+def usage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[tuple[int, bool, int, bool]]]:
+    """Compiles a program's kernels: shared memory, tensor cores, bytes of spilled registers, asynchronous copies."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # or nothing would be compiled the second time
+
+    def run(program: str, *arguments: object) -> list[tuple[int, bool, int, bool]]:
+        command = [sys.executable, "-c", COMPILE + program, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        lines = [line.split() for line in done.stdout.splitlines()]
+        return [(int(a), b == "True", int(c), d == "True") for a, b, c, d in lines]
+
+    return run
 
 
 @pytest.mark.parametrize("capability", ["80", "90"])
 @pytest.mark.parametrize(("dtype", "dim", "queries"), [("bf16", 128, 7), ("bf16", 256, 119), ("fp32", 80, 7)])
-def test_the_kernels_compile(capability: str, dtype: str, dim: int, queries: int, monkeypatch, tmp_path):
+def test_attention_compiles(capability: str, dtype: str, dim: int, queries: int, usage):
     """What the interpreter accepts may still be no Triton, or ask for more shared memory than a GPU has."""
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # or nothing would be compiled the second time
-    command = [sys.executable, "-c", PROGRAM, capability, dtype, str(dim), str(queries)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    attend, combine, write = (line.split() for line in done.stdout.splitlines())
-    assert max(int(shared) for shared, _ in (attend, combine, write)) <= SMALLEST_SHARED_MEMORY
-    assert [tensor_cores for _, tensor_cores in (attend, combine)] == [str(dtype != "fp32"), "False"]
+    attend, combine, write = usage(ATTENTION, capability, dtype, dim, queries)
+    assert max(shared for shared, *_ in (attend, combine, write)) <= SMALLEST_SHARED_MEMORY
+    assert [tensor_cores for _, tensor_cores, *_ in (attend, combine)] == [dtype != "fp32", False]
+
+
+@pytest.mark.parametrize("capability", ["80", "90"])
+@pytest.mark.parametrize(("dtype", "itemsize"), [("fp32", 4), ("bf16", 2)])
+def test_sampling_compiles(capability: str, dtype: str, itemsize: int, usage):
+    """At 151,936 words: chunks are read 16 bytes at a time, and nothing is spilled."""
+    for shared, _, spilled, _ in usage(SAMPLING, capability, dtype, itemsize):
+        assert shared <= SMALLEST_SHARED_MEMORY and spilled == 0

@@ -33,10 +33,11 @@ class Outcome(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What `propose` leaves for `judge`, at fixed addresses. Which of the two is read depends on the device."""
+    """What `propose` leaves for `judge`, at fixed addresses. A GPU must not be handed numbers during a round."""
 
     laws: Tensor  # (B, longest γ, V), dtype of the scores: the drafter's probabilities, or scores where Triton runs
-    summaries: Tensor  # (B, longest γ, 3) fp32: what the kernel wants to know of each of them
+    summaries: Tensor  # (B, longest γ, 3) fp32: where Triton runs, what it wants to know of each of them
+    purposes: Tensor  # (3,) int64, for the twin
 
     @classmethod
     def like(
@@ -46,10 +47,12 @@ class Memory(NamedTuple):
     ) -> "Memory":
         num_rows, vocab_size = scores.shape
         laws = scores.new_empty((num_rows, longest, vocab_size))
-        return cls(laws, scores.new_empty((num_rows, longest, 3), dtype=torch.float32))
+        summaries = scores.new_empty((num_rows, longest, 3), dtype=torch.float32)
+        purposes = torch.tensor([Purpose.ACCEPT, Purpose.RECOVER, Purpose.TOKEN], device=scores.device)
+        return cls(laws, summaries, purposes)
 
     def of_first(self, num_rows: int) -> "Memory":
-        return Memory(self.laws[:num_rows], self.summaries[:num_rows])
+        return Memory(self.laws[:num_rows], self.summaries[:num_rows], self.purposes)
 
 
 def sample(
@@ -64,7 +67,7 @@ def sample(
 
         return Draw(*sampling.sample(scores, seed, row_ids, positions))
     tokens = sample_inverse_cdf(scores.softmax(-1), uniform(seed, row_ids, positions, Purpose.TOKEN))
-    return Draw(tokens, token_logprobs(scores, tokens))
+    return Draw(tokens, _logprobs(scores, tokens))
 
 
 def propose(
@@ -100,11 +103,11 @@ def judge(
 
         return Outcome(*rejection.verify(drafts, memory, scores, seed, row_ids, positions))
     gamma = drafts.shape[1]
-    accept = uniform(seed, row_ids[:, None], positions[:, :gamma], Purpose.ACCEPT)
-    recover = uniform(seed, row_ids[:, None], positions[:, :gamma], Purpose.RECOVER)
-    token = uniform(seed, row_ids[:, None], positions[:, gamma:], Purpose.TOKEN)
-    resample = torch.cat([recover, token], dim=1)
-    return _outcome(verify_rejection(drafts, memory.laws[:, :gamma], scores.softmax(-1), accept, resample), scores)
+    u = uniform(seed, row_ids[:, None, None], positions[..., None], memory.purposes)
+    accept, recover, token = u.unbind(-1)
+    resample = torch.cat([recover[:, :gamma], token[:, gamma:]], dim=1)
+    draft_probs, target_probs = memory.laws[:, :gamma], scores.softmax(-1)
+    return _outcome(verify_rejection(drafts, draft_probs, target_probs, accept[:, :gamma], resample), scores)
 
 
 def sample_coupled(
@@ -120,7 +123,7 @@ def sample_coupled(
         _, tokens, logprobs = sampling.best(scores[:, None], seed, row_ids, positions[:, None])
         return Draw(tokens[:, 0], logprobs[:, 0])
     tokens = _noisy(scores, seed, row_ids, positions).argmax(-1)
-    return Draw(tokens, token_logprobs(scores, tokens))
+    return Draw(tokens, _logprobs(scores, tokens))
 
 
 def propose_coupled(
@@ -149,7 +152,7 @@ def judge_coupled(
         from trl_selfspec.kernels.cuda import sampling
 
         return Outcome(*sampling.best(scores, seed, row_ids, positions, drafts))
-    return _outcome(verify_coupled(drafts, _noisy(scores, seed, row_ids[:, None], positions).argmax(-1)), scores)
+    return _outcome(verify_coupled(drafts, _noisy(scores, seed, row_ids, positions).argmax(-1)), scores)
 
 
 def token_logprobs(
@@ -162,15 +165,19 @@ def token_logprobs(
         from trl_selfspec.kernels.cuda import sampling
 
         return sampling.token_logprobs(scores, tokens, temperature)
-    scores = scores.float()
-    if temperature != 1:
-        scores = scores / temperature
+    return _logprobs(scores.float() / temperature, tokens)
+
+
+def _logprobs(scores: Tensor, tokens: Tensor) -> Tensor:
     return scores.gather(-1, tokens[..., None])[..., 0] - scores.logsumexp(-1)
 
 
 def _noisy(scores: Tensor, seed: Tensor | None, row_ids: Tensor, positions: Tensor) -> Tensor:
-    return scores if seed is None else scores + gumbel(seed, row_ids, positions, scores.shape[-1])
+    if seed is None:
+        return scores
+    rows = row_ids.view(-1, *[1] * (positions.dim() - 1))
+    return scores + gumbel(seed, rows, positions, scores.shape[-1])
 
 
 def _outcome(verdict: Verdict, scores: Tensor) -> Outcome:
-    return Outcome(*verdict, token_logprobs(scores, verdict.tokens))
+    return Outcome(*verdict, _logprobs(scores, verdict.tokens))

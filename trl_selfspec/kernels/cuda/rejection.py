@@ -137,7 +137,7 @@ def verify(
     """How many drafts stand (B,), tokens (B, γ+1), and their logprobs under the target's law, which are NaN where that
     is not finite.
     """
-    (draft_scores, draft_laws), (num_rows, gamma) = memory, drafts.shape
+    draft_scores, draft_laws, (num_rows, gamma) = memory.laws, memory.summaries, drafts.shape
     rows, longest, vocab = as_rows(scores), *draft_scores.shape[1:]
     assert draft_scores.is_contiguous() and draft_laws.is_contiguous() and 0 < gamma <= longest
     assert len(draft_scores) == len(draft_laws) == num_rows and scores.shape == (num_rows, gamma + 1, vocab)

@@ -286,7 +286,7 @@ def _sample_rows(
     rows, row_ids, positions = as_rows(scores), row_ids.contiguous(), positions.contiguous()
     num_rows, vocab = rows.shape
     tokens = torch.empty_like(row_ids)
-    kept, laws = (None, remark[:, None]) if memory is None else memory
+    kept, laws = (None, remark[:, None]) if memory is None else (memory.laws, memory.summaries)
     with torch.cuda.device_of(rows):
         statistics = measure(rows, chunk, 1.0, kept, step)
         num_chunks = statistics.shape[2]
