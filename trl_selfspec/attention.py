@@ -53,7 +53,7 @@ def selfspec_attention(
     if plain and cache.rows_in_place and kernels.can_attend(query, key, value, layer.keys):
         return kernels.write_and_attend(query, key, value, layer.keys, layer.values, *forward), None
     if not cache.fresh and kernels.can_attend_on_gpu(query, layer.keys, layer.values):
-        storage = layer.keys, layer.values, cache.table
+        storage = layer.keys, layer.values, layer.addresses, cache.table
         return kernels.write_and_attend_on_gpu(query, key, value, *storage, *forward, softcap, s_aux), None
     layer.write(key, value)
     if cache.fresh:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from trl_selfspec.kernels.gpu import runs_triton
+from trl_selfspec.kernels import gpu
 
 
 MAX_STEPS = 17  # a token and a draft of 16
@@ -17,9 +17,9 @@ def can_attend_on_gpu(
     values: Tensor,  # (pages, page_size, K, Dv)
 ) -> bool:
     """Whether `write_and_attend_on_gpu` takes these."""
-    if not query.is_cuda or query.shape[2] > MAX_STEPS or max(keys.shape[3], values.shape[3]) > MAX_DIM:
+    if query.shape[2] > MAX_STEPS or max(keys.shape[3], values.shape[3]) > MAX_DIM or keys.dtype not in DTYPES:
         return False
-    return keys.dtype in DTYPES and runs_triton(query.device)
+    return gpu.runs_triton(query.device)
 
 
 def write_and_attend_on_gpu(
@@ -28,6 +28,7 @@ def write_and_attend_on_gpu(
     value: Tensor,  # (B, K, T, Dv)
     keys: Tensor,  # (pages, page_size, K, D) bf16, fp16 or fp32
     values: Tensor,  # (pages, page_size, K, Dv), dtype of `keys`
+    addresses: Tensor,  # (2,) int64: where the two lie; a captured graph follows them
     table: Tensor,  # (B, pages_per_row) int64: slot s of row b lies in page table[b, s // page_size]
     positions: Tensor,  # (B, T) int64
     write_index: Tensor,  # (B * T,) int64: page * page_size + slot
@@ -40,6 +41,6 @@ def write_and_attend_on_gpu(
     """Writes the states, then attends: a query at position p sees slots max(0, p - window + 1)..p of its row."""
     from trl_selfspec.kernels.cuda import attention
 
-    attention.write(key, value, keys, values, write_index)
+    attention.write(key, value, keys, values, addresses, write_index)
     query = query.to(keys.dtype)
-    return attention.attend(query, keys, values, table, positions, num_slots, scale, window, softcap, sinks)
+    return attention.attend(query, keys, values, addresses, table, positions, num_slots, scale, window, softcap, sinks)
