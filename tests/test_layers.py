@@ -12,6 +12,7 @@ from trl_selfspec import kernels, layers
 from trl_selfspec.attention import bind_cache
 from trl_selfspec.cache import PagedCache
 from trl_selfspec.drafter import make_drafter, requantize
+from trl_selfspec.kernels.cpu.layer import MAX_TOKENS
 from trl_selfspec.layers import FastForward
 from trl_selfspec.mirror import Mirror
 
@@ -135,8 +136,8 @@ def test_parts_that_start_out_neutral_are_noticed() -> None:
             self._parameters = {"gate": nn.Parameter(torch.zeros(1))}
 
     layer = without_fast_forwards(Mirror(tiny_model("llama")).model).model.layers[0]
-    assert layers.computing_the_same({"layer": layer}) == ["layer"]
-    assert layers.computing_the_same({"layer": Gated(layer)}) == []
+    assert layers.computing_the_same({"layer": layer}, FP32) == ["layer"]
+    assert layers.computing_the_same({"layer": Gated(layer)}, FP32) == []
 
 
 def test_the_trial_leaves_weights_and_cache_as_they_were() -> None:
@@ -174,5 +175,5 @@ def test_many_tokens_and_prefills_run_the_modules() -> None:
     fast.modules_own = lambda *args, **kwargs: calls.append(args[0].shape[1]) or own(*args, **kwargs)
     decoded(model, 2)
     assert calls == [max(LENGTHS)]
-    decoded(model, layers.MAX_TOKENS // len(LENGTHS) + 1)
-    assert calls[1:] == [max(LENGTHS)] + [layers.MAX_TOKENS // len(LENGTHS) + 1] * 2
+    decoded(model, MAX_TOKENS // len(LENGTHS) + 1)
+    assert calls[1:] == [max(LENGTHS)] + [MAX_TOKENS // len(LENGTHS) + 1] * 2

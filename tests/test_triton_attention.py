@@ -7,6 +7,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from triton_cases import BF16, DEVICE, FP16, FP32
 
 from trl_selfspec import kernels
 from trl_selfspec.attention import _eager_attention, selfspec_attention
@@ -14,16 +15,8 @@ from trl_selfspec.cache import PagedCache
 from trl_selfspec.kernels import gpu
 
 
-pytest.importorskip("triton", reason="triton is not installed")
-ON_GPU = torch.cuda.is_available()
-if not ON_GPU and tuple(map(int, pytest.importorskip("numpy").__version__.split(".")[:2])) >= (2, 4):
-    pytest.skip("Triton's interpreter needs numpy < 2.4", allow_module_level=True)
-
-FP16, FP32 = torch.float16, torch.float32
-BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)  # the interpreter multiplies its bits as integers
 # The interpreter's way to a loop's bounds.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
-DEVICE = "cuda" if ON_GPU else "cpu"
 # Both sum in fp32, in different orders; the kernel rounds its weights to the dtype of the values, and both the result.
 TOLERANCE = {FP32: 2e-5, FP16: 2**-9, torch.bfloat16: 2**-6}
 

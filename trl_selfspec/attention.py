@@ -52,9 +52,9 @@ def selfspec_attention(
     forward = cache.positions, cache.write_index, cache.num_slots, scale, sliding_window
     if plain and cache.rows_in_place and kernels.can_attend(query, key, value, layer.keys):
         return kernels.write_and_attend(query, key, value, layer.keys, layer.values, *forward), None
-    if not cache.fresh and kernels.can_attend_on_gpu(query, layer.keys, layer.values):
-        storage = layer.keys, layer.values, layer.addresses, cache.table
-        return kernels.write_and_attend_on_gpu(query, key, value, *storage, *forward, softcap, s_aux), None
+    if not cache.fresh and kernels.can_attend_on_gpu(query.shape[2], layer):
+        extras = scale, sliding_window, softcap, s_aux
+        return kernels.write_and_attend_on_gpu(query, key, value, layer, *extras), None
     layer.write(key, value)
     if cache.fresh:
         keys, values = key, value

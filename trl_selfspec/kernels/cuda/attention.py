@@ -171,7 +171,8 @@ def write(
     with torch.cuda.device_of(keys):
         _write_slot[(num_rows * num_steps,)](  # pyright: ignore[reportIndexIssue]
             key, value, addresses, write_index, num_steps, *key.stride()[:3], *value.stride()[:3],
-            triton_dtype(keys.dtype), num_heads, dim, value_dim, *map(triton.next_power_of_2, (num_heads, dim, value_dim)),
+            triton_dtype(keys.dtype), num_heads, dim, value_dim,
+            *map(triton.next_power_of_2, (num_heads, dim, value_dim)),
         )  # fmt: skip
 
 
