@@ -56,6 +56,13 @@ def test_fast_norm_equals_the_module(
     assert scale > 1e-4 or not same(fast(x), module(x))
 
 
+def test_other_dtypes_take_torchs_way():
+    """Heads of a policy in fp32 under fp16 autocast come in fp16, which the kernel does not know."""
+    module = LlamaRMSNorm(64, 1e-6)
+    fast, x = kernels.fast_norm(module), torch.randn(3, 64).half()
+    assert fast is not None and torch.equal(fast(x), module(x))
+
+
 @pytest.mark.parametrize(
     "module",
     [

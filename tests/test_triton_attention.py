@@ -271,9 +271,8 @@ def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gpu, "runs_triton", lambda device: device.type == "cuda")
 
     def takes(steps: int = 1, dim: int = 64, value_dim: int = 64, dtype: torch.dtype = FP16, on: str = "cuda") -> bool:
-        query = torch.empty(1, 4, steps, dim, device=on)
         keys, values = (torch.empty(3, 16, 2, size, dtype=dtype, device=on) for size in (dim, value_dim))
-        return kernels.can_attend_on_gpu(query, keys, values)
+        return kernels.can_attend_on_gpu(steps, SimpleNamespace(keys=keys, values=values))  # type: ignore[arg-type]
 
     with FakeTensorMode():
         assert takes() and takes(17) and takes(dim=256, value_dim=80) and takes(dtype=torch.bfloat16)
@@ -323,4 +322,4 @@ def test_a_cuda_graph_replays_the_kernel(dtype: torch.dtype):
 def test_a_gpu_takes_the_kernel(monkeypatch: pytest.MonkeyPatch):
     """Triton comes with torch for CUDA, so the predicate itself must say yes."""
     case = Case([70, 20], 1, dtype=torch.bfloat16)
-    assert kernels.can_attend_on_gpu(case.query, case.layer.keys, case.layer.values)
+    assert kernels.can_attend_on_gpu(1, case.layer)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from trl_selfspec.kernels import gpu
+
 
 pytest.importorskip("triton", reason="triton is not installed")
 ON_GPU = torch.cuda.is_available()
@@ -12,3 +14,10 @@ if not ON_GPU and tuple(map(int, pytest.importorskip("numpy").__version__.split(
 DEVICE = "cuda" if ON_GPU else "cpu"
 FP16, FP32 = torch.float16, torch.float32
 BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)  # the interpreter truncates it, and multiplies its bits
+
+
+def forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets models on a CPU decode with the kernels, as they would on a GPU."""
+    if not ON_GPU:
+        monkeypatch.setattr(gpu, "runs_triton", lambda device: True)
+        monkeypatch.setattr(gpu, "DTYPES", (FP16, FP32))  # what the interpreter computes

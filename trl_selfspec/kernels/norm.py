@@ -36,14 +36,20 @@ class FastRMSNorm(nn.Module):
     unchanged, then takes what is there.
     """
 
-    def __init__(self, weight: nn.Parameter, eps: float, compute: Compute = rms_norm) -> None:
+    def __init__(
+        self, weight: nn.Parameter, eps: float, compute: Compute = rms_norm, dtypes: tuple[torch.dtype, ...] = ()
+    ) -> None:
         super().__init__()
-        self.weight, self.eps, self._compute = weight, eps, compute
+        self.weight, self.eps = weight, eps
+        self._compute, self._dtypes = compute, dtypes  # of inputs; eager torch computes others
         self._foreseen: tuple[Tensor, int, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.foreseen(x)
-        return self._compute(x, self.weight, self.eps) if normed is None else normed
+        if normed is not None:
+            return normed
+        compute = self._compute if x.dtype in self._dtypes else rms_norm
+        return compute(x, self.weight, self.eps)
 
     def foresee(self, x: Tensor, normed: Tensor) -> None:
         if not x.is_inference():  # which do not tell whether they were changed
@@ -77,7 +83,7 @@ def fast_norm(module: nn.Module) -> FastRMSNorm | None:
         trial = noise(len(weight)).to(weight.dtype)
         if not _same(compute(x, trial, eps), functional_call(module, {"weight": trial}, (x,))):
             return None
-    return FastRMSNorm(weight, eps, compute)
+    return FastRMSNorm(weight, eps, compute, dtypes)
 
 
 def _kernel(weight: Tensor) -> tuple[Compute, tuple[torch.dtype, ...]] | None:
