@@ -236,7 +236,7 @@ def test_the_attention_function_gives_the_same_either_way(
 
     def forward(on_gpu: bool) -> tuple[Tensor, Tensor, Tensor]:
         cache = copy.deepcopy(case.cache)
-        cache.pages_of[0].note_addresses()
+        cache.pages_of[0]._put(cache.pages_of[0].keys, cache.pages_of[0].values)
         monkeypatch.setattr(kernels, "can_attend_on_gpu", lambda *states: on_gpu)
         cache.begin(case.positions, case.num_slots, rows)
         module = SimpleNamespace(paged_cache=cache, layer_idx=0)
@@ -294,8 +294,7 @@ def test_the_kernels_go_where_the_addresses_say(triton_attention: ModuleType):
     assert not torch.equal(elsewhere.keys.nan_to_num(), before[0].nan_to_num())
     moved = case.kernel()
     assert not torch.equal(moved, expected)
-    layer.keys, layer.values = elsewhere.keys, elsewhere.values
-    layer.note_addresses()
+    layer._put(elsewhere.keys, elsewhere.values)
     assert torch.equal(case.kernel(), moved) and close(moved, case.twin())
 
 
@@ -311,8 +310,7 @@ def test_a_cuda_graph_replays_the_kernel(dtype: torch.dtype):
         out = case.kernel()
     case.positions -= 20
     layer = case.layer
-    layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
-    layer.note_addresses()
+    layer._put(layer.keys.clone(), layer.values.clone())
     graph.replay()
     case.cache.begin(case.positions, 512)
     assert close(out, case.twin())

@@ -1,4 +1,4 @@
-"""The attention kernels compile for GPUs without one: Triton brings its own assembler."""
+"""The kernels compile for GPUs without one: Triton brings its own assembler."""
 
 import subprocess
 import sys
@@ -11,43 +11,78 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 SMALLEST_SHARED_MEMORY = 99 * 1024  # bytes a block may have, of Ampere's and Ada's consumer cards
+SPILLED = 16  # bytes, outside the loop
 COMPILE = """
-import re, sys, triton
+import re, subprocess, sys, tempfile, triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from trl_selfspec.kernels.cuda import attention
 
-def compiled(kernel, pointers, constants, floats=(), whole=(), **options):
+def compiled(kernel, pointers, constants, floats=(), aligned=(), **options):
     names = kernel.arg_names
     types = pointers | {name: "fp32" for name in floats} | {name: "constexpr" for name in constants}
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in [*pointers, *whole]}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, *aligned)}
     constants = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, {name: types.get(name, "i32") for name in names}, constants, aligned)
     binary = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
     assert binary.asm["cubin"]
-    ptx = binary.asm["ptx"]
-    print(binary.metadata.shared, "mma" in ptx, len(re.findall(r"cp.async.cg.*0x10|(?:ld|st).global.*v4.b32", ptx)))
+    tensor_cores = "mma" in binary.asm["ptx"]
+    print(binary.metadata.shared, tensor_cores, spilled(binary), "cp.async" in binary.asm["ptx"])
 
-dtype, dim = sys.argv[2], int(sys.argv[3])
-state, itemsize = "*" + dtype, 4 if dtype == "fp32" else 2
-DTYPE = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[dtype]
+def spilled(binary):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return re.search(r"STACK:(\\d+)", usage).group(1)
+
+TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 """
 ATTENTION = """
-tile, block, dims, value_dims = attention.tiling(int(sys.argv[4]), dim, dim, itemsize)
+from trl_selfspec.kernels.cuda.attention import SPLIT, COMBINED, _attend_split, _combine, _write_slot, num_warps
+from trl_selfspec.kernels.cuda.attention import tiling
+
+dtype, dim, queries = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+state, itemsize = "*" + dtype, 4 if dtype == "fp32" else 2
+tile, block, dims, value_dims = tiling(queries, dim, dim, itemsize)
 sizes = {"HEADS": 3, "DIM": dim, "VALUE_DIM": dim, "DIMS": dims, "VALUE_DIMS": value_dims}
 pointers = {"query": state, "addresses": "*i64", "table": "*i64", "positions": "*i64"}
 pointers |= {"sums": "*fp32", "statistics": "*fp32"}
-constants = sizes | {"PAGE_SIZE": 64, "SOFTCAP": True, "TILE": tile, "BLOCK": block, "SPLIT": attention.SPLIT}
-warps = attention.num_warps(tile, value_dims)
-compiled(attention._attend_split, pointers, constants, ("scale", "softcap"), num_warps=warps)
+constants = sizes | {"PAGE_SIZE": 64, "SOFTCAP": True, "TILE": tile, "BLOCK": block, "SPLIT": SPLIT}
+warps = num_warps(tile, value_dims)
+compiled(_attend_split, pointers, constants, ("scale", "softcap"), num_warps=warps)
 pointers = {"sums": "*fp32", "statistics": "*fp32", "positions": "*i64", "sinks": state, "out": state}
-split = {"SPLIT": attention.SPLIT, "COMBINED": attention.COMBINED}
-compiled(attention._combine, pointers, {"SINKS": True, "VALUE_DIM": dim, "VALUE_DIMS": value_dims} | split)
+constants = {"SINKS": True, "VALUE_DIM": dim, "VALUE_DIMS": value_dims, "SPLIT": SPLIT, "COMBINED": COMBINED}
+compiled(_combine, pointers, constants)
 pointers = {"key": state, "value": state, "addresses": "*i64", "write_index": "*i64"}
-compiled(attention._write_slot, pointers, sizes | {"PADDED_HEADS": 4, "DTYPE": DTYPE})
+compiled(_write_slot, pointers, sizes | {"PADDED_HEADS": 4, "DTYPE": TYPES[dtype]})
+"""
+ELEMENTWISE = """
+from trl_selfspec.kernels.cuda import elementwise
+
+dtype, hidden_dtype, dim = sys.argv[2], sys.argv[3], int(sys.argv[4])
+x, hidden = "*" + dtype, "*" + hidden_dtype
+DTYPE, HIDDEN = TYPES[dtype], TYPES[hidden_dtype]
+pointers = {"x": x, "residual": hidden, "weight": hidden, "total": hidden, "normed": x}
+constants = {"RESIDUAL": True, "TOTAL": HIDDEN, "RESULT": HIDDEN, "SIZE": 28 * dim}
+constants["COLUMNS"] = triton.next_power_of_2(28 * dim)
+rows = ("x_row", "residual_row")
+compiled(elementwise._add_rms_norm, pointers, constants, ("eps",), rows, num_warps=8)
+pointers = {name: x for name in ("query", "key", "value", "out")} | {"addresses": "*i64", "write_index": "*i64"}
+pointers |= {name: hidden for name in ("cos", "sin", "query_weight", "key_weight")}
+constants = {"QUERY_NORM": True, "KEY_NORM": True, "ROTARY": True, "STORED": DTYPE, "HEADS": 28, "KV_HEADS": 4}
+constants |= {name: HIDDEN for name in ("QUERY_RESULT", "QUERY_ROTATED", "KEY_RESULT", "KEY_ROTATED")}
+constants |= {"DIM": dim, "HALF": triton.next_power_of_2(dim // 2), "AT_ONCE": elementwise.HEADS_AT_ONCE}
+tokens = ("query_token", "key_token", "value_token", "angle_row")
+compiled(elementwise._rotate_and_write, pointers, constants, ("query_eps", "key_eps"), tokens, num_warps=1)
+constants = {"SIZE": 18944, "COLUMNS": elementwise.ACTIVATIONS_AT_ONCE}
+pointers = {"gate": x, "up": x, "out": x}
+compiled(elementwise._silu_mul, pointers, constants, (), ("gate_row", "up_row"), num_warps=4)
 """
 UNALIGNED = """
+from trl_selfspec.kernels.cuda import attention
+
 @triton.jit
 def storage(addresses, which: tl.constexpr, DTYPE: tl.constexpr):
     return tl.load(addresses + which).to(tl.pointer_type(DTYPE))
@@ -56,39 +91,42 @@ attention.storage = storage
 """
 
 
-Report = Callable[..., list[tuple[int, bool, int]]]
-
-
 @pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Report:
-    """Of each kernel: bytes of shared memory, whether it uses tensor cores, how often it moves 16 bytes at once."""
+def usage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[tuple[int, bool, int, bool]]]:
+    """Compiles a program's kernels: shared memory, tensor cores, bytes of spilled registers, asynchronous copies."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # or nothing would be compiled the second time
 
-    def run(program: str, *arguments: str) -> list[tuple[int, bool, int]]:
+    def run(program: str, *arguments: object) -> list[tuple[int, bool, int, bool]]:
         file = tmp_path / "program.py"  # triton reads the source of its functions
-        file.write_text(program)
-        done = subprocess.run([sys.executable, str(file), *arguments], capture_output=True, text=True)
+        file.write_text(COMPILE + program)
+        done = subprocess.run([sys.executable, str(file), *map(str, arguments)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         lines = [line.split() for line in done.stdout.splitlines()]
-        return [(int(shared), mma == "True", int(wide)) for shared, mma, wide in lines]
+        return [(int(a), b == "True", int(c), d == "True") for a, b, c, d in lines]
 
     return run
 
 
 @pytest.mark.parametrize("capability", ["80", "90"])
 @pytest.mark.parametrize(("dtype", "dim", "queries"), [("bf16", 128, 7), ("bf16", 256, 119), ("fp32", 80, 7)])
-def test_the_attention_kernels_compile(capability: str, dtype: str, dim: int, queries: int, report: Report) -> None:
+def test_attention_compiles(capability: str, dtype: str, dim: int, queries: int, usage):
     """What the interpreter accepts may still be no Triton, or ask for more shared memory than a GPU has."""
-    attend, combine, write = report(COMPILE + ATTENTION, capability, dtype, str(dim), str(queries))
-    assert max(shared for shared, _, _ in (attend, combine, write)) <= SMALLEST_SHARED_MEMORY
-    assert [tensor_cores for _, tensor_cores, _ in (attend, combine)] == [dtype != "fp32", False]
-    assert attend[2] > 0
+    attend, combine, write = usage(ATTENTION, capability, dtype, dim, queries)
+    assert max(shared for shared, *_ in (attend, combine, write)) <= SMALLEST_SHARED_MEMORY
+    assert [tensor_cores for _, tensor_cores, *_ in (attend, combine)] == [dtype != "fp32", False]
 
 
-def test_pages_found_by_address_are_read_in_16_bytes(report: Report) -> None:
-    """An address says nothing of its alignment, and loads of 2 bytes would take many times as long."""
-    arguments = "90", "bf16", "128", "7"
-    (_, _, wide), *_ = report(COMPILE + ATTENTION, *arguments)
-    (_, _, control), *_ = report(COMPILE + UNALIGNED + ATTENTION, *arguments)
-    assert wide >= control + 32
+def test_pages_found_by_address_are_copied_ahead(usage):
+    """An address says nothing of its alignment, and 2 bytes at a time cannot be copied in the background."""
+    arguments = "90", "bf16", 128, 7
+    assert usage(ATTENTION, *arguments)[0][3]
+    assert not usage(UNALIGNED + ATTENTION, *arguments)[0][3], "negative control"
+
+
+@pytest.mark.parametrize("capability", ["80", "90"])
+@pytest.mark.parametrize(("dtype", "hidden_dtype", "dim"), [("bf16", "bf16", 128), ("bf16", "fp32", 256)])
+def test_what_lies_between_products_compiles(capability: str, dtype: str, hidden_dtype: str, dim: int, usage):
+    """Of models in 16 bits and of fp32 ones under autocast; wide rows and heads stay in registers."""
+    for shared, _, spilled, _ in usage(ELEMENTWISE, capability, dtype, hidden_dtype, dim):
+        assert shared <= SMALLEST_SHARED_MEMORY and spilled == 0

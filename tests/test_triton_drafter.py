@@ -24,7 +24,6 @@ from trl_selfspec.options import SelfSpecOptions
 
 
 PAGE = 16
-SAMPLED = GenerationConfig(max_new_tokens=4, do_sample=True, top_k=0)
 TOLERANCE = 1e-4  # fp32 sums in another order
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 
@@ -131,6 +130,7 @@ def test_the_engine_speculates_with_them() -> None:
     prompts = ragged_prompts([3, 7])
     output = engine.generate(prompts, GenerationConfig(max_new_tokens=5, do_sample=False), seed=0)
     assert output.stats.num_draft_tokens > 0 and output.stats.alpha > 0
+    assert not engine._kept.cache.storage_in_rounds, "captured rounds would not outlive their pages"
     for prompt, tokens in zip(prompts, output.completion_ids, strict=True):
         ids = torch.tensor([prompt + tokens], device=DEVICE)
         with torch.no_grad():

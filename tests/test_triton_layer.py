@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from triton_cases import BF16, DEVICE, FP16, FP32, forced
 
-from trl_selfspec.attention import bind_cache
+from trl_selfspec.attention import _causal_attention, bind_cache
 from trl_selfspec.cache import PagedCache
 from trl_selfspec.kernels import elementwise, gpu, gpu_layer
 from trl_selfspec.kernels.gpu_layer import GpuDecoderLayer, JoinedLinear, _joined
@@ -242,3 +242,62 @@ def test_a_norm_in_advance_is_that_of_the_very_tensor() -> None:
         y = randn(2, 16)
         norm.foresee(y, foreseen)
         assert norm(y) is not foreseen
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast_dtype", [None, torch.bfloat16])
+def test_a_captured_step_outlives_its_pages(autocast_dtype: torch.dtype | None) -> None:
+    """Keys and values are freed for training and allocated anew; a host sync would fail the capture."""
+    mirror = Mirror(policy("qwen3", dtype=FP32 if autocast_dtype else torch.bfloat16), autocast_dtype)
+    cache = PagedCache(2, 2, PAGE, PAGE, torch.bfloat16, DEVICE)
+    for row in range(2):
+        cache.reserve(row, PAGE)
+    bind_cache(mirror.model, cache)
+    positions = torch.tensor([[3], [5]], device=DEVICE)
+
+    def step() -> Tensor:
+        cache.begin(positions, PAGE)
+        return mirror.model(
+            input_ids=positions + 5, position_ids=positions, past_key_values=cache, use_cache=True
+        ).logits
+
+    for _ in range(2):
+        step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    kept = []
+    for pages in cache.pages_of:
+        kept.append((pages.keys, pages.values))  # not to be taken by the next ones
+        pages._put(pages.keys.roll(1, 0) + 1, pages.values.roll(1, 0) + 1)
+    before = captured.clone()
+    graph.replay()
+    replayed = captured.clone()
+    assert not torch.equal(replayed, before)
+    assert relative_error(replayed, step()) <= TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.gpu
+def test_a_prefill_repeats_no_keys() -> None:
+    """Seven copies of a long prompt's keys would be more memory than all else in a layer."""
+    query, (key, value) = randn(1, 28, 4096, 128).bfloat16(), randn(2, 1, 4, 4096, 128).bfloat16()
+    _causal_attention(query, key, value, 0.1)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = _causal_attention(query, key, value, 0.1)
+    assert torch.cuda.max_memory_allocated() - before < out.nbytes + 2 * key.nbytes
+    repeated = (states.repeat_interleave(7, 1) for states in (key, value))
+    expected = nn.functional.scaled_dot_product_attention(query, *repeated, is_causal=True, scale=0.1)
+    torch.testing.assert_close(out, expected, rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16])
+@pytest.mark.parametrize("length", [1, 7, 40])
+def test_grouped_heads_of_a_prefill_read_their_own_keys(dtype: torch.dtype, length: int) -> None:
+    """Head h reads keys h // G, not h % K."""
+    query, (key, value) = randn(2, 6, length, 16).to(dtype), randn(2, 2, 2, length, 16).to(dtype)
+    repeated = [states.repeat_interleave(3, 1) for states in (key, value)]
+    expected = nn.functional.scaled_dot_product_attention(query, *repeated, is_causal=length > 1)
+    out = _causal_attention(query, key, value, 0.25)
+    torch.testing.assert_close(out, expected)
+    assert not torch.allclose(out, _causal_attention(query, key.flip(1), value.flip(1), 0.25)), "negative control"

@@ -76,7 +76,7 @@ def selfspec_attention(
 
 
 def _causal_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """Of T queries to as many keys, of which nothing is repeated in memory where a flash kernel groups heads itself."""
+    """Of T queries to as many keys, which are not repeated in memory where a flash kernel groups heads itself."""
     causal, grouped = query.shape[2] > 1, query.is_cpu
     if query.is_cuda:
         arguments = torch.backends.cuda.SDPAParams(query, keys, values, None, 0.0, causal, True)
