@@ -21,11 +21,7 @@ TRASH_PAGE = 0
 
 
 class PagedLayer(CacheLayerMixin):
-    """Keys and values of one layer, `(pages, page_size, K, D)`; every write goes through the owner's slot index.
-
-    `addresses`, `(2,)` int64, says where the two lie now. It outlives them, and kernels read it: a captured graph that
-    does is right for whatever storage is there when it is replayed.
-    """
+    """Keys and values of one layer, `(pages, page_size, K, D)`; every write goes through the owner's slot index."""
 
     is_compileable = False
     is_sliding = False
@@ -35,7 +31,7 @@ class PagedLayer(CacheLayerMixin):
     def __init__(self, owner: "PagedCache") -> None:
         super().__init__()
         self.owner = owner
-        self.addresses = torch.zeros(2, dtype=torch.int64, device=owner.device)
+        self.addresses = torch.zeros(2, dtype=torch.int64, device=owner.device)  # for captured kernels to follow both
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         dtype = self.owner.dtype or key_states.dtype
@@ -122,14 +118,13 @@ class PagedCache(Cache):
         device: torch.device | str = "cpu",
         num_pages: int | None = None,
     ) -> None:
-        self.device = torch.device(device)
+        self.max_rows, self.dtype, self.device = max_rows, dtype, torch.device(device)
         self.pages_of = [PagedLayer(self) for _ in range(num_layers)]  # by layer; transformers' `layers`, typed
         super().__init__(layers=list(self.pages_of))
         self.dense = page_size is None
         self.page_size = row_capacity if page_size is None else page_size
         self.pages_per_row = -(-row_capacity // self.page_size)
         self.row_capacity = self.pages_per_row * self.page_size
-        self.max_rows, self.dtype = max_rows, dtype
         self.storage_moved = False  # since somebody last asked and reset it
         self.storage_in_rounds = False  # rounds use the tensors themselves: captured ones must not outlive them
         self.attention_writes = False  # True: states are written by the attention function that `bind_cache` bound
