@@ -4,57 +4,23 @@ import copy
 
 import pytest
 import torch
+from decoding import CAPACITY, LENGTHS, decoded, fast_forwards, relative_error, without_fast_forwards
 from tiny_models import tiny_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from trl_selfspec import kernels, layers
 from trl_selfspec.attention import bind_cache
 from trl_selfspec.cache import PagedCache
 from trl_selfspec.drafter import make_drafter, requantize
-from trl_selfspec.layers import FastForward
+from trl_selfspec.kernels.cpu.layer import MAX_TOKENS
 from trl_selfspec.mirror import Mirror
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
-LENGTHS, CAPACITY = (9, 3, 14, 6, 1), 40
 # Exponentials that differ in the last bit, through two layers and the head.
 TOLERANCE = {FP32: 1e-5, BF16: 0.03}
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C compiler or no AVX2")
-
-
-def fast_forwards(tree: nn.Module) -> list[FastForward]:
-    return [module.forward for module in tree.modules() if isinstance(getattr(module, "forward", None), FastForward)]
-
-
-def without_fast_forwards(tree: PreTrainedModel) -> PreTrainedModel:
-    for module in tree.modules():
-        if isinstance(getattr(module, "forward", None), FastForward):
-            del module.forward
-    return tree
-
-
-@torch.no_grad()
-def decoded(model: PreTrainedModel, num_steps: int, num_rows: int = len(LENGTHS)) -> Tensor:
-    """Logits of a prefill of ragged rows and of two steps after it."""
-    cache = PagedCache(model.config.num_hidden_layers, num_rows, CAPACITY)
-    bind_cache(model, cache)
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.tensor(LENGTHS[:num_rows])
-
-    def forward(positions: Tensor, **kwargs: object) -> Tensor:
-        ids = torch.randint(3, model.config.vocab_size, positions.shape, generator=generator)
-        cache.begin(positions, CAPACITY, **kwargs)  # type: ignore[arg-type]
-        return model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
-
-    forward(torch.arange(max(LENGTHS)).expand(num_rows, -1), lengths=lengths, fresh=True)
-    steps = [lengths[:, None] + start + torch.arange(num_steps) for start in (0, num_steps)]
-    return torch.cat([forward(positions) for positions in steps], dim=1)
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return ((actual.float() - expected.float()).abs().max() / expected.float().std()).item()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "smollm3"])
@@ -135,8 +101,8 @@ def test_parts_that_start_out_neutral_are_noticed() -> None:
             self._parameters = {"gate": nn.Parameter(torch.zeros(1))}
 
     layer = without_fast_forwards(Mirror(tiny_model("llama")).model).model.layers[0]
-    assert layers.computing_the_same({"layer": layer}) == ["layer"]
-    assert layers.computing_the_same({"layer": Gated(layer)}) == []
+    assert layers.computing_the_same({"layer": layer}, FP32) == ["layer"]
+    assert layers.computing_the_same({"layer": Gated(layer)}, FP32) == []
 
 
 def test_the_trial_leaves_weights_and_cache_as_they_were() -> None:
@@ -174,5 +140,5 @@ def test_many_tokens_and_prefills_run_the_modules() -> None:
     fast.modules_own = lambda *args, **kwargs: calls.append(args[0].shape[1]) or own(*args, **kwargs)
     decoded(model, 2)
     assert calls == [max(LENGTHS)]
-    decoded(model, layers.MAX_TOKENS // len(LENGTHS) + 1)
-    assert calls[1:] == [max(LENGTHS)] + [layers.MAX_TOKENS // len(LENGTHS) + 1] * 2
+    decoded(model, MAX_TOKENS // len(LENGTHS) + 1)
+    assert calls[1:] == [max(LENGTHS)] + [MAX_TOKENS // len(LENGTHS) + 1] * 2

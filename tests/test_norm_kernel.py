@@ -9,7 +9,9 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from trl_selfspec import kernels
-from trl_selfspec.kernels.cpu import norm as norm_module
+from trl_selfspec.kernels import norm as norm_module
+from trl_selfspec.kernels.cpu import norm as cpu_norm
+from trl_selfspec.kernels.cpu.norm import rms_norm
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -54,6 +56,13 @@ def test_fast_norm_equals_the_module(
     assert scale > 1e-4 or not same(fast(x), module(x))
 
 
+def test_other_dtypes_take_torchs_way():
+    """Heads of a policy in fp32 under fp16 autocast come in fp16, which the kernel does not know."""
+    module = LlamaRMSNorm(64, 1e-6)
+    fast, x = kernels.fast_norm(module), torch.randn(3, 64).half()
+    assert fast is not None and torch.equal(fast(x), module(x))
+
+
 @pytest.mark.parametrize(
     "module",
     [
@@ -73,20 +82,20 @@ def test_other_norms_stay_as_they_are(module: nn.Module):
 
 def test_rows_of_a_norm_do_not_see_their_neighbours():
     x, weight = torch.randn(300, 896).to(BF16), torch.randn(896).to(BF16)
-    together = kernels.rms_norm(x, weight, 1e-6)
+    together = rms_norm(x, weight, 1e-6)
     torch.set_num_threads(3)
-    assert torch.equal(kernels.rms_norm(x, weight, 1e-6), together)
+    assert torch.equal(rms_norm(x, weight, 1e-6), together)
     for row in (0, 7, 299):
-        assert torch.equal(kernels.rms_norm(x[row : row + 1], weight, 1e-6)[0], together[row])
+        assert torch.equal(rms_norm(x[row : row + 1], weight, 1e-6)[0], together[row])
     assert torch.equal(
-        kernels.rms_norm(x.view(300, 2, 448).transpose(0, 1)[0], weight[:448], 1e-6),
-        kernels.rms_norm(x[:, :448].clone(), weight[:448], 1e-6),
+        rms_norm(x.view(300, 2, 448).transpose(0, 1)[0], weight[:448], 1e-6),
+        rms_norm(x[:, :448].clone(), weight[:448], 1e-6),
     )
 
 
 def test_a_norm_keeps_what_the_kernel_would_lose(monkeypatch):
     """Gradients are refused loudly; without a compiler the module stays."""
     with torch.enable_grad(), pytest.raises(AssertionError, match="no backward"):
-        kernels.rms_norm(torch.randn(8, requires_grad=True), torch.ones(8), 1e-6)
-    monkeypatch.setattr(norm_module, "available", lambda: False)
+        rms_norm(torch.randn(8, requires_grad=True), torch.ones(8), 1e-6)
+    monkeypatch.setattr(cpu_norm, "available", lambda: False)
     assert kernels.fast_norm(LlamaRMSNorm(64)) is None

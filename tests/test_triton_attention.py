@@ -7,23 +7,16 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from triton_cases import BF16, DEVICE, FP16, FP32
 
 from trl_selfspec import kernels
 from trl_selfspec.attention import _eager_attention, selfspec_attention
 from trl_selfspec.cache import PagedCache
-from trl_selfspec.kernels import attention as attention_choice
+from trl_selfspec.kernels import gpu
 
 
-pytest.importorskip("triton", reason="triton is not installed")
-ON_GPU = torch.cuda.is_available()
-if not ON_GPU and tuple(map(int, pytest.importorskip("numpy").__version__.split(".")[:2])) >= (2, 4):
-    pytest.skip("Triton's interpreter needs numpy < 2.4", allow_module_level=True)
-
-FP16, FP32 = torch.float16, torch.float32
-BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)  # the interpreter multiplies its bits as integers
 # The interpreter's way to a loop's bounds.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
-DEVICE = "cuda" if ON_GPU else "cpu"
 # Both sum in fp32, in different orders; the kernel rounds its weights to the dtype of the values, and both the result.
 TOLERANCE = {FP32: 2e-5, FP16: 2**-9, torch.bfloat16: 2**-6}
 
@@ -97,7 +90,8 @@ class Case:
 
         kwargs = {"num_slots": self.num_slots, "scale": self.dim**-0.5, **kwargs}
         table, positions = self.cache.table[rows], self.positions[rows]
-        return attend(self.query[rows], self.layer.keys, self.layer.values, table, positions, **kwargs)
+        storage = self.layer.keys, self.layer.values, self.layer.addresses
+        return attend(self.query[rows], *storage, table, positions, **kwargs)
 
     def twin(self, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
         """Row by row over its own slots, so that NaN behind them stays out of 0 * NaN."""
@@ -242,6 +236,7 @@ def test_the_attention_function_gives_the_same_either_way(
 
     def forward(on_gpu: bool) -> tuple[Tensor, Tensor, Tensor]:
         cache = copy.deepcopy(case.cache)
+        cache.pages_of[0]._put(cache.pages_of[0].keys, cache.pages_of[0].values)
         monkeypatch.setattr(kernels, "can_attend_on_gpu", lambda *states: on_gpu)
         cache.begin(case.positions, case.num_slots, rows)
         module = SimpleNamespace(paged_cache=cache, layer_idx=0)
@@ -261,7 +256,8 @@ def test_new_states_reach_their_slots_only(triton_attention: ModuleType):
     keys, values = torch.zeros(3, 4, 3, 80, device=DEVICE), torch.zeros(3, 4, 3, 16, device=DEVICE)
     key, value = (torch.randn(2, 2, 3, size, device=DEVICE).to(FP16).transpose(1, 2) for size in (80, 16))
     index = torch.tensor([5, 6, 3, 11], device=DEVICE)
-    triton_attention.write(key, value, keys, values, index)
+    addresses = torch.tensor([keys.data_ptr(), values.data_ptr()], device=DEVICE)
+    triton_attention.write(key, value, keys, values, addresses, index)
     for states, storage in ((key, keys), (value, values)):
         expected = torch.zeros_like(storage)
         expected.flatten(0, 1)[index] = states.transpose(1, 2).reshape(4, 3, -1).float()
@@ -272,12 +268,11 @@ def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch):
     """Tensors that only pretend to be on a GPU suffice for the question."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    monkeypatch.setattr(attention_choice, "runs_triton", lambda device: True)
+    monkeypatch.setattr(gpu, "runs_triton", lambda device: device.type == "cuda")
 
     def takes(steps: int = 1, dim: int = 64, value_dim: int = 64, dtype: torch.dtype = FP16, on: str = "cuda") -> bool:
-        query = torch.empty(1, 4, steps, dim, device=on)
         keys, values = (torch.empty(3, 16, 2, size, dtype=dtype, device=on) for size in (dim, value_dim))
-        return kernels.can_attend_on_gpu(query, keys, values)
+        return kernels.can_attend_on_gpu(steps, SimpleNamespace(keys=keys, values=values))  # type: ignore[arg-type]
 
     with FakeTensorMode():
         assert takes() and takes(17) and takes(dim=256, value_dim=80) and takes(dtype=torch.bfloat16)
@@ -285,16 +280,37 @@ def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch):
         assert not takes(dim=257) and not takes(value_dim=512)
 
 
+def test_the_kernels_go_where_the_addresses_say(triton_attention: ModuleType):
+    """A captured graph keeps its arguments while keys and values are freed and allocated anew."""
+    case, other = Case([70, 20], 2, groups=2), Case([70, 20], 2, groups=2)
+    layer, elsewhere = case.layer, other.layer
+    expected = case.kernel()
+    before = layer.keys.clone(), layer.values.clone()
+    elsewhere.keys.copy_(layer.keys), elsewhere.values.copy_(layer.values)
+    layer.addresses.copy_(elsewhere.addresses)
+    new = case.states(2, 64), case.states(2, 64)
+    triton_attention.write(*new, layer.keys, layer.values, layer.addresses, case.cache.write_index)
+    assert torch.equal(layer.keys.nan_to_num(), before[0].nan_to_num())
+    assert not torch.equal(elsewhere.keys.nan_to_num(), before[0].nan_to_num())
+    moved = case.kernel()
+    assert not torch.equal(moved, expected)
+    layer._put(elsewhere.keys, elsewhere.values)
+    assert torch.equal(case.kernel(), moved) and close(moved, case.twin())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP16, FP32])
 def test_a_cuda_graph_replays_the_kernel(dtype: torch.dtype):
-    """A host sync or an allocation that depends on data would fail the capture; stale positions, the replay."""
+    """A host sync or an allocation that depends on data would fail the capture; stale positions or addresses, the
+    replay."""
     case = Case([300, 40], 3, groups=4, dtype=dtype, num_slots=512)
     case.kernel()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = case.kernel()
     case.positions -= 20
+    layer = case.layer
+    layer._put(layer.keys.clone(), layer.values.clone())
     graph.replay()
     case.cache.begin(case.positions, 512)
     assert close(out, case.twin())
@@ -304,4 +320,4 @@ def test_a_cuda_graph_replays_the_kernel(dtype: torch.dtype):
 def test_a_gpu_takes_the_kernel(monkeypatch: pytest.MonkeyPatch):
     """Triton comes with torch for CUDA, so the predicate itself must say yes."""
     case = Case([70, 20], 1, dtype=torch.bfloat16)
-    assert kernels.can_attend_on_gpu(case.query, case.layer.keys, case.layer.values)
+    assert kernels.can_attend_on_gpu(1, case.layer)

@@ -10,10 +10,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from trl_selfspec.drafter import make_drafter
+from trl_selfspec.drafter import make_drafter, quantized_layers
 from trl_selfspec.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.quantize import QuantizedLinear
 
 
 VOCAB_SIZE = 96
@@ -96,11 +95,10 @@ def spoil(engine: SelfSpecEngine, noise: float, seed: int = 0) -> None:
     mirror = engine._mirror
     drafter = make_drafter(mirror, engine.draft_qtype, engine.options.quantize_lm_head)
     generator = torch.Generator().manual_seed(seed)
-    for name, module in drafter.named_modules():
-        if isinstance(module, QuantizedLinear):
-            weight = mirror.model.get_submodule(name).weight
-            error = torch.randn(weight.shape, generator=generator).to(weight.dtype)
-            module.requantize_(weight + noise * weight.std() * error)
+    for name, module in quantized_layers(drafter):
+        weight = mirror.model.get_submodule(name).weight
+        error = torch.randn(weight.shape, generator=generator).to(weight)
+        module.requantize_(weight + noise * weight.std() * error)
     engine._drafter, engine._drafter_version = drafter, engine._wanted_version
 
 

@@ -52,21 +52,19 @@ def selfspec_attention(
     forward = cache.positions, cache.write_index, cache.num_slots, scale, sliding_window
     if plain and cache.rows_in_place and kernels.can_attend(query, key, value, layer.keys):
         return kernels.write_and_attend(query, key, value, layer.keys, layer.values, *forward), None
-    if not cache.fresh and kernels.can_attend_on_gpu(query, layer.keys, layer.values):
-        storage = layer.keys, layer.values, cache.table
-        return kernels.write_and_attend_on_gpu(query, key, value, *storage, *forward, softcap, s_aux), None
+    if not cache.fresh and kernels.can_attend_on_gpu(query.shape[2], layer):
+        extras = scale, sliding_window, softcap, s_aux
+        return kernels.write_and_attend_on_gpu(query, key, value, layer, *extras), None
     layer.write(key, value)
-    if cache.fresh:
-        keys, values = key, value
+    if cache.fresh:  # as they are stored, and will be read from now on
+        keys, values = key.to(layer.keys.dtype), value
     else:
         keys, values = (states.transpose(1, 2) for states in cache.keys_and_values(module.layer_idx))  # type: ignore[arg-type]
     num_rows, num_heads, num_queries, head_dim = query.shape
     groups = num_heads // keys.shape[1]
-    query, keys, values = query.to(keys.dtype), keys, values.to(keys.dtype)
+    query, values = query.to(keys.dtype), values.to(keys.dtype)
     if cache.fresh and plain and (sliding_window is None or sliding_window >= num_queries):
-        keys, values = (states.repeat_interleave(groups, dim=1) for states in (keys, values))
-        out = scaled_dot_product_attention(query, keys, values, is_causal=num_queries > 1, scale=scaling)
-        return out.transpose(1, 2), None
+        return _causal_attention(query, keys, values, scale).transpose(1, 2), None
     packed = query.reshape(num_rows, keys.shape[1], groups * num_queries, head_dim)
     if plain:
         bias = cache.bias(sliding_window, groups, query.dtype)
@@ -75,6 +73,18 @@ def selfspec_attention(
         bias = cache.bias(sliding_window, groups, torch.float32)
         out = _eager_attention(packed, keys, values, bias, scale, softcap, s_aux, groups)
     return out.reshape(num_rows, num_heads, num_queries, -1).transpose(1, 2), None
+
+
+def _causal_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Of T queries to as many keys, which are not repeated in memory where a flash kernel groups heads itself."""
+    causal, grouped = query.shape[2] > 1, query.is_cpu
+    if query.is_cuda:
+        arguments = torch.backends.cuda.SDPAParams(query, keys, values, None, 0.0, causal, True)
+        grouped = torch.backends.cuda.can_use_flash_attention(arguments)
+    if not grouped:  # SDPA would keep all scores
+        groups = query.shape[1] // keys.shape[1]
+        keys, values = (states.repeat_interleave(groups, dim=1) for states in (keys, values))
+    return scaled_dot_product_attention(query, keys, values, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
 def _eager_attention(

@@ -31,6 +31,7 @@ class PagedLayer(CacheLayerMixin):
     def __init__(self, owner: "PagedCache") -> None:
         super().__init__()
         self.owner = owner
+        self.addresses = torch.zeros(2, dtype=torch.int64, device=owner.device)  # for captured kernels to follow both
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         dtype = self.owner.dtype or key_states.dtype
@@ -52,6 +53,7 @@ class PagedLayer(CacheLayerMixin):
         self.owner.storage_moved = True
         self.keys = keys  # pyright: ignore[reportIncompatibleVariableOverride]
         self.values = values  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.addresses.copy_(to_device([keys.data_ptr(), values.data_ptr()], self.addresses.device))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Writes `(B, K, T, D)` states, unless attention will, and hands them back unchanged."""
@@ -116,13 +118,13 @@ class PagedCache(Cache):
         device: torch.device | str = "cpu",
         num_pages: int | None = None,
     ) -> None:
+        self.max_rows, self.dtype, self.device = max_rows, dtype, torch.device(device)
         self.pages_of = [PagedLayer(self) for _ in range(num_layers)]  # by layer; transformers' `layers`, typed
         super().__init__(layers=list(self.pages_of))
         self.dense = page_size is None
         self.page_size = row_capacity if page_size is None else page_size
         self.pages_per_row = -(-row_capacity // self.page_size)
         self.row_capacity = self.pages_per_row * self.page_size
-        self.max_rows, self.dtype, self.device = max_rows, dtype, torch.device(device)
         self.storage_moved = False  # since somebody last asked and reset it
         self.storage_in_rounds = False  # rounds use the tensors themselves: captured ones must not outlive them
         self.attention_writes = False  # True: states are written by the attention function that `bind_cache` bound

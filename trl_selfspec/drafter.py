@@ -3,7 +3,12 @@
 Its weights come in two forms. Merged: the target's weights are quantized anew after every change. Live, for LoRA: the
 frozen base is quantized once, and the active adapters run on top in the layer's dtype. A change of the adapters then
 costs a copy of a few kilobytes, but every draft step two more small products per layer. `forms.py` chooses.
+
+On GPUs, merged projections of one input are rows of one quantized layer. Each row has scales of its own, so this
+changes no code; under their own names they are still there, to be quantized one by one.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +16,8 @@ from transformers import PreTrainedModel
 
 from trl_selfspec import kernels
 from trl_selfspec.adapters import effective_tensor, find_module, frozen_state, inner_module, lora_factors
+from trl_selfspec.kernels import gpu
+from trl_selfspec.layers import joinable_projections
 from trl_selfspec.mirror import Mirror, MirrorLinear
 from trl_selfspec.quantize import QuantizedLinear
 
@@ -50,6 +57,32 @@ class LiveLoraLinear(QuantizedLinear):
         return super().nbytes + sum(factor.nbytes for factor in (self.down, self.up) if factor is not None)
 
 
+class QuantizedRows(nn.Module):
+    """A Linear layer whose weight is a part of a larger quantized one: its output rows from `first_row` on."""
+
+    def __init__(self, whole: QuantizedLinear, first_row: int, out_features: int) -> None:
+        super().__init__()
+        self.whole, self.first_row = whole, first_row
+        self.in_features, self.out_features, self.dtype = whole.in_features, out_features, whole.dtype
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first_row, self.first_row + self.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.whole(x)[..., self.rows]
+
+    def requantize_(self, weight: Tensor) -> None:  # (out_features, in_features)
+        self.whole.requantize_(weight, self.first_row)
+
+    @torch.no_grad()
+    def copy_bias_(self, bias: Tensor | None) -> None:
+        """Takes over what the layer would have shared alone."""
+        if bias is not None:
+            assert self.whole.bias is not None
+            self.whole.bias[self.rows].copy_(bias)
+
+
 def make_drafter(
     mirror: Mirror, qtype: str, quantize_lm_head: bool = True, live_adapters: bool = False
 ) -> PreTrainedModel:
@@ -62,32 +95,72 @@ def make_drafter(
         live_adapters: keep LoRA adapters unmerged, for `requantize` to be cheap.
     """
     head = mirror.model.get_output_embeddings()
+    live = {name for name in _linear_names(mirror) if live_adapters and _has_factors(mirror, name)}
+    joined = _joined(mirror, qtype, live)
 
     def quantized(name: str, layer: MirrorLinear) -> nn.Module:
         if layer is head and not quantize_lm_head:
             return layer
-        live = live_adapters and lora_factors(find_module(mirror.base, name)) is not None
-        (out_features, in_features), weight = layer.weight.shape, layer.weight
-        form = LiveLoraLinear if live else QuantizedLinear
-        return form(in_features, out_features, layer.bias, qtype, weight.dtype, weight.device)
+        if name in joined:
+            return joined[name]
+        form = LiveLoraLinear if name in live else QuantizedLinear
+        sizes = layer.in_features, layer.out_features
+        return form(*sizes, layer.bias, qtype, layer.weight.dtype, layer.weight.device)
 
     return mirror.tree(linear=quantized)
+
+
+def _linear_names(mirror: Mirror) -> list[str]:
+    return [name for name, module in mirror.model.named_modules() if isinstance(module, MirrorLinear)]
+
+
+def _has_factors(mirror: Mirror, name: str) -> bool:
+    return lora_factors(find_module(mirror.base, name)) is not None
+
+
+def _joined(mirror: Mirror, qtype: str, live: set[str]) -> dict[str, QuantizedRows]:
+    """The parts of the joined layers by name, where kernels run them at once."""
+    joined: dict[str, QuantizedRows] = {}
+    if not gpu.runs_triton(mirror.embeddings.device):
+        return joined
+    for layer in mirror.fast_layers:
+        for group in joinable_projections(mirror.model.get_submodule(layer)):
+            names = [f"{layer}.{name}" for name in group]
+            linears = [mirror.model.get_submodule(name) for name in names]
+            biases = [linear.bias for linear in linears if linear.bias is not None]
+            if live & set(names) or len(biases) not in (0, len(names)):
+                continue
+            weight: Tensor = linears[0].weight  # type: ignore[assignment]
+            sizes: list[int] = [linear.out_features for linear in linears]  # type: ignore[misc]
+            bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None  # type: ignore[arg-type]
+            whole = QuantizedLinear(weight.shape[1], sum(sizes), bias, qtype, weight.dtype, weight.device)
+            for index, name in enumerate(names):
+                joined[name] = QuantizedRows(whole, sum(sizes[:index]), sizes[index])
+    return joined
+
+
+def quantized_layers(drafter: nn.Module) -> Iterator[tuple[str, QuantizedLinear | QuantizedRows]]:
+    """The drafter's quantized layers, with the names of the target's that they stand for."""
+    wholes: set[nn.Module] = {module.whole for module in drafter.modules() if isinstance(module, QuantizedRows)}
+    for name, module in drafter.named_modules():
+        if isinstance(module, QuantizedLinear | QuantizedRows) and module not in wholes:
+            yield name, module
 
 
 @torch.no_grad()
 def requantize(drafter: nn.Module, mirror: Mirror) -> None:
     """Quantizes the current weights into the drafter, in place, layer by layer; skips frozen ones that stayed."""
-    for name, module in drafter.named_modules():
-        if not isinstance(module, QuantizedLinear):
-            continue
+    for name, module in quantized_layers(drafter):
         source, factors = find_module(mirror.base, name), None
         if isinstance(module, LiveLoraLinear):
             module.follow(factors := lora_factors(source))
         live, quantized = factors is not None, inner_module(source) if factors is not None else source
         state = frozen_state(quantized)
         if state is None or (live, state) != getattr(module, "quantized_state", None):
-            weight = effective_tensor(quantized, "weight") if live else mirror.model.get_submodule(name).weight
-            module.requantize_(weight)  # type: ignore[arg-type]
+            layer = mirror.model.get_submodule(name)
+            module.requantize_(effective_tensor(quantized, "weight") if live else layer.weight)  # type: ignore[arg-type]
+            if isinstance(module, QuantizedRows):
+                module.copy_bias_(layer.bias)  # type: ignore[arg-type]
         module.quantized_state = (live, state)  # type: ignore[assignment]
 
 
@@ -98,4 +171,6 @@ def has_live_adapters(drafter: nn.Module) -> bool:
 
 def drafter_bytes(drafter: nn.Module) -> int:
     """Bytes the drafter holds beyond what it shares with the target mirror."""
-    return sum(module.nbytes for module in drafter.modules() if isinstance(module, QuantizedLinear))
+    wholes = {module.whole for module in drafter.modules() if isinstance(module, QuantizedRows)}
+    biases = sum(whole.bias.nbytes for whole in wholes if whole.bias is not None)
+    return biases + sum(module.nbytes for module in drafter.modules() if isinstance(module, QuantizedLinear))

@@ -25,8 +25,8 @@ from trl_selfspec.adapters import (
     is_sharded,
 )
 from trl_selfspec.attention import IMPLEMENTATION
-from trl_selfspec.kernels import PreparedLinear, fast_norm, prepare_linear
-from trl_selfspec.layers import computing_the_same, use_fast_forward
+from trl_selfspec.kernels import PreparedLinear, fast_norm, gpu, prepare_linear
+from trl_selfspec.layers import computing_the_same, joinable_projections, use_fast_forwards
 from trl_selfspec.sharding import fingerprint, gathered_partitions
 
 
@@ -45,6 +45,7 @@ class MirrorLinear(nn.Module):
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.weight, self.bias, self.dtype = weight, bias, weight.dtype
+        self.out_features, self.in_features = weight.shape
         self._linear = prepare_linear(weight, bias)
 
     @property
@@ -89,7 +90,7 @@ class Mirror:
         self.base = base_model(policy)
         self.autocast_dtype, self.param_dtype = autocast_dtype, param_dtype
         self.version = 0
-        self._fast_layers: list[str] | None = None  # names
+        self._fast_layers: list[str] | None = None
         self._copies: list[tuple[Tensor, Callable[[], Tensor]]] = []
         self._aliases: list[tuple[nn.Parameter, Callable[[], Tensor]]] = []
         self._state = self._policy_state()
@@ -103,6 +104,8 @@ class Mirror:
             ) from error
         for name, module in list(self.model.named_modules()):
             self._mirror_module(name, module)
+        if gpu.runs_triton(self.embeddings.device):
+            self._join_copies()
         self.refresh()
         self._embedding_dtype = _embedding_dtype(self.base)
         self._complete(self.model)
@@ -123,6 +126,11 @@ class Mirror:
     def embeddings(self) -> Tensor:
         """The input embeddings, `(V, hidden)`."""
         return self.model.get_input_embeddings().weight  # type: ignore[return-value]
+
+    @property
+    def fast_layers(self) -> list[str]:
+        """Names of the decoder layers that decode in one go."""
+        return self._fast_layers or []
 
     @property
     def num_layers(self) -> int:
@@ -183,10 +191,10 @@ class Mirror:
         layers: dict[str, nn.Module] = {
             n: module for n, module in tree.named_modules() if hasattr(module, "self_attn")
         }
+        hidden_dtype = self._embedding_dtype or self.embeddings.dtype
         if self._fast_layers is None:
-            self._fast_layers = computing_the_same(layers)
-        for name in self._fast_layers:
-            use_fast_forward(layers[name])
+            self._fast_layers = computing_the_same(layers, hidden_dtype)
+        use_fast_forwards(layers, self._fast_layers, hidden_dtype, getattr(tree.base_model, "norm", None))
 
     def _policy_state(self) -> tuple[object, ...]:
         return fingerprint(self.base), adapter_state(self.base)
@@ -222,7 +230,24 @@ class Mirror:
         # Buffers are copied too: some rotary embeddings rewrite theirs, which must not reach the policy.
         storage = torch.empty_like(tensor, dtype=dtype, requires_grad=False)
         _assign(module, attribute, storage)
-        self._copies.append((storage, read))
+        self._copies.append((getattr(module, attribute), read))
+
+    def _join_copies(self) -> None:
+        """Puts copied projections of one input next to each other in memory: kernels multiply such by all at once."""
+        copied = {id(tensor) for tensor, _ in self._copies}
+        for names in joinable_projections(self.model):
+            layers = [self.model.get_submodule(name) for name in names]
+            if not all(isinstance(layer, MirrorLinear) and id(layer.weight) in copied for layer in layers):
+                continue
+            biases = [layer.bias for layer in layers if layer.bias is not None]
+            if biases and len(biases) < len(layers):
+                continue
+            _put_together([layer.weight for layer in layers])  # type: ignore[misc]
+            if biases:
+                aliased = {id(bias) for bias in biases}
+                self._copies += [entry for entry in self._aliases if id(entry[0]) in aliased]
+                self._aliases = [entry for entry in self._aliases if id(entry[0]) not in aliased]
+                _put_together(biases)  # type: ignore[arg-type]
 
     def _dtype_in_forward(self, module: nn.Module, attribute: str, tensor: Tensor) -> torch.dtype:
         if self.param_dtype is not None and attribute in module._parameters and tensor.is_floating_point():
@@ -284,6 +309,14 @@ def _assign(module: nn.Module, attribute: str, tensor: Tensor) -> None:
         module._parameters[attribute] = tensor if is_parameter else nn.Parameter(tensor, requires_grad=False)
     else:
         module._buffers[attribute] = tensor
+
+
+def _put_together(tensors: list[Tensor]) -> None:
+    """Lets tensors, of one dtype and equal but for their first dimension, be parts of one."""
+    first = tensors[0]
+    whole = first.new_empty((sum(map(len, tensors)), *first.shape[1:]))
+    for tensor, part in zip(tensors, whole.split([len(tensor) for tensor in tensors]), strict=True):
+        tensor.data = part
 
 
 def _replace(tree: nn.Module, name: str, module: nn.Module) -> None:

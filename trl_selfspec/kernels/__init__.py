@@ -1,5 +1,4 @@
-"""What torch runs slowly on CPUs, each with an eager twin: linear layers, decode attention, norms,
-and decoder layers of them.
+"""What torch runs slowly, each with an eager twin: linear layers, decode attention, norms, and decoder layers of them.
 
 `linear` picks the fastest way to multiply by a policy's weights; `linear_int4` runs the drafter's layers; a `Prepared`
 layer has its checks behind it. Measured times are in docs/LOG.md; `cpu.c` is compiled on first use by `build`.
@@ -8,16 +7,17 @@ layer has its checks behind it. Measured times are in docs/LOG.md; `cpu.c` is co
 from trl_selfspec.kernels.attention import can_attend_on_gpu, write_and_attend_on_gpu
 from trl_selfspec.kernels.cpu.attention import can_attend, write_and_attend
 from trl_selfspec.kernels.cpu.build import available
-from trl_selfspec.kernels.cpu.layer import DecoderWeights, PreparedDecoderLayer
 from trl_selfspec.kernels.cpu.linear import PreparedLinear, linear_int4
-from trl_selfspec.kernels.cpu.norm import FastRMSNorm, fast_norm, rms_norm
 from trl_selfspec.kernels.dispatch import linear, prepare_linear, torch_has_native_bf16
+from trl_selfspec.kernels.layer import DecoderLayer, prepare_decoder_layer
+from trl_selfspec.kernels.norm import FastRMSNorm, fast_norm
+from trl_selfspec.kernels.parts import DecoderParts
 
 
 __all__ = [
-    "DecoderWeights",
+    "DecoderLayer",
+    "DecoderParts",
     "FastRMSNorm",
-    "PreparedDecoderLayer",
     "PreparedLinear",
     "available",
     "can_attend",
@@ -25,8 +25,8 @@ __all__ = [
     "fast_norm",
     "linear",
     "linear_int4",
+    "prepare_decoder_layer",
     "prepare_linear",
-    "rms_norm",
     "torch_has_native_bf16",
     "write_and_attend",
     "write_and_attend_on_gpu",

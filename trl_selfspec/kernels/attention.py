@@ -1,45 +1,54 @@
 """Decode attention on CUDA in the same call that writes the new states; triton is imported when it first runs."""
 
-import torch
 from torch import Tensor
 
-from trl_selfspec.kernels.gpu import runs_triton
+from trl_selfspec.kernels import gpu
+from trl_selfspec.kernels.parts import Pages
 
 
 MAX_STEPS = 17  # a token and a draft of 16
 MAX_DIM = 256
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def can_attend_on_gpu(
-    query: Tensor,  # (B, H, T, D)
-    keys: Tensor,  # (pages, page_size, K, D)
-    values: Tensor,  # (pages, page_size, K, Dv)
+    num_steps: int,  # T
+    pages: Pages,
 ) -> bool:
-    """Whether `write_and_attend_on_gpu` takes these."""
-    if not query.is_cuda or query.shape[2] > MAX_STEPS or max(keys.shape[3], values.shape[3]) > MAX_DIM:
+    """Whether `write_and_attend_on_gpu` takes queries of T steps over these pages."""
+    keys, values = pages.keys, pages.values
+    if num_steps > MAX_STEPS or max(keys.shape[3], values.shape[3]) > MAX_DIM or keys.dtype not in gpu.DTYPES:
         return False
-    return keys.dtype in DTYPES and runs_triton(query.device)
+    return gpu.runs_triton(keys.device)
 
 
 def write_and_attend_on_gpu(
     query: Tensor,  # (B, H, T, D)
     key: Tensor,  # (B, K, T, D): the states to write
     value: Tensor,  # (B, K, T, Dv)
-    keys: Tensor,  # (pages, page_size, K, D) bf16, fp16 or fp32
-    values: Tensor,  # (pages, page_size, K, Dv), dtype of `keys`
-    table: Tensor,  # (B, pages_per_row) int64: slot s of row b lies in page table[b, s // page_size]
-    positions: Tensor,  # (B, T) int64
-    write_index: Tensor,  # (B * T,) int64: page * page_size + slot
-    num_slots: int,  # no query sees a slot from here on
+    pages: Pages,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,  # (H,): one logit per head that takes probability and gives no value
-) -> Tensor:  # (B, T, H, Dv), dtype of `keys`
+) -> Tensor:  # (B, T, H, Dv), dtype of the pages
     """Writes the states, then attends: a query at position p sees slots max(0, p - window + 1)..p of its row."""
     from trl_selfspec.kernels.cuda import attention
 
-    attention.write(key, value, keys, values, write_index)
-    query = query.to(keys.dtype)
-    return attention.attend(query, keys, values, table, positions, num_slots, scale, window, softcap, sinks)
+    attention.write(key, value, pages.keys, pages.values, pages.addresses, pages.owner.write_index)
+    return attend_on_gpu(query, pages, scale, window, softcap, sinks)
+
+
+def attend_on_gpu(
+    query: Tensor,  # (B, H, T, D)
+    pages: Pages,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,  # (H,)
+) -> Tensor:  # (B, T, H, Dv), dtype of the pages
+    """Attends to states that have been written."""
+    from trl_selfspec.kernels.cuda import attention
+
+    step = pages.owner
+    storage, query = (pages.keys, pages.values, pages.addresses), query.to(pages.keys.dtype)
+    return attention.attend(query, *storage, step.table, step.positions, step.num_slots, scale, window, softcap, sinks)

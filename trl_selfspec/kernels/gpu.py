@@ -7,6 +7,7 @@ import torch
 
 
 AMPERE = (8, 0)  # the first with bf16
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @functools.cache

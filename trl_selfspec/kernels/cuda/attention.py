@@ -5,6 +5,8 @@ of one key head and the queries of that head's group, all their steps, as one ti
 place, and only the slots that some query of the tile sees. `_combine` joins the splits of each query, whose number
 follows from its position. So no result depends on the other rows, and nothing waits for the GPU.
 
+Where keys and values lie is read on the device: a captured graph outlives their storage.
+
 This module imports triton; import it only inside functions.
 """
 
@@ -25,9 +27,15 @@ LOWEST = tl.constexpr(-1e30)  # a maximum of nothing that can be subtracted from
 UNSPECIALISED = ["num_steps", "groups", "num_slots", "window"]  # they change with every batch; one binary for all
 
 
+@triton.jit
+def storage(addresses, which: tl.constexpr, DTYPE: tl.constexpr):
+    """Where keys (0) or values (1) begin, as torch allocates: in whole 16 bytes at least."""
+    return tl.multiple_of(tl.load(addresses + which).to(tl.pointer_type(DTYPE)), 16)
+
+
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def _attend_split(
-    query, keys, values, table, positions, sums, statistics,
+    query, addresses, table, positions, sums, statistics,
     query_row, query_head, query_step, table_row,  # strides
     num_steps, groups, num_slots, window, scale, softcap,
     HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -52,6 +60,7 @@ def _attend_split(
     dim, value_dim = tl.arange(0, DIMS)[None, :], tl.arange(0, VALUE_DIMS)[None, :]
     rows = query + row * query_row + head[:, None] * query_head + step[:, None] * query_step
     queries = tl.load(rows + dim, mask=dim < DIM, other=0.0)
+    keys, values = storage(addresses, 0, query.dtype.element_ty), storage(addresses, 1, query.dtype.element_ty)
     maximum = tl.full([TILE], LOWEST, tl.float32)
     total = tl.zeros([TILE], tl.float32)
     sum_ = tl.zeros([TILE, VALUE_DIMS], tl.float32)
@@ -123,9 +132,9 @@ def _combine(
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def _write_slot(
-    key, value, keys, values, write_index, num_steps,
+    key, value, addresses, write_index, num_steps,
     key_row, key_head, key_step, value_row, value_head, value_step,  # strides
-    HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    DTYPE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     PADDED_HEADS: tl.constexpr, DIMS: tl.constexpr, VALUE_DIMS: tl.constexpr,
 ):  # fmt: skip
     """Copies the states of one token, all heads, to its slot."""
@@ -136,10 +145,14 @@ def _write_slot(
     dim, value_dim = tl.arange(0, DIMS)[None, :], tl.arange(0, VALUE_DIMS)[None, :]
     mask = (head < HEADS) & (dim < DIM)
     new = tl.load(key + row * key_row + head * key_head + step * key_step + dim, mask=mask)
-    tl.store(keys + state * DIM + dim, new, mask=mask)
+    tl.store(storage(addresses, 0, DTYPE) + state * DIM + dim, new, mask=mask)
     mask = (head < HEADS) & (value_dim < VALUE_DIM)
     new = tl.load(value + row * value_row + head * value_head + step * value_step + value_dim, mask=mask)
-    tl.store(values + state * VALUE_DIM + value_dim, new, mask=mask)
+    tl.store(storage(addresses, 1, DTYPE) + state * VALUE_DIM + value_dim, new, mask=mask)
+
+
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 def write(
@@ -147,6 +160,7 @@ def write(
     value: Tensor,  # (B, K, T, Dv)
     keys: Tensor,  # (pages, page_size, K, D), contiguous
     values: Tensor,  # (pages, page_size, K, Dv), contiguous
+    addresses: Tensor,  # (2,) int64: where the two lie
     write_index: Tensor,  # (B * T,) int64: page * page_size + slot
 ) -> None:
     """Writes new states to their slots, in the storage's dtype."""
@@ -156,8 +170,9 @@ def write(
     assert keys.is_contiguous() and values.is_contiguous() and write_index.is_contiguous()
     with torch.cuda.device_of(keys):
         _write_slot[(num_rows * num_steps,)](  # pyright: ignore[reportIndexIssue]
-            key, value, keys, values, write_index, num_steps, *key.stride()[:3], *value.stride()[:3],
-            num_heads, dim, value_dim, *map(triton.next_power_of_2, (num_heads, dim, value_dim)),
+            key, value, addresses, write_index, num_steps, *key.stride()[:3], *value.stride()[:3],
+            triton_dtype(keys.dtype), num_heads, dim, value_dim,
+            *map(triton.next_power_of_2, (num_heads, dim, value_dim)),
         )  # fmt: skip
 
 
@@ -179,6 +194,7 @@ def attend(
     query: Tensor,  # (B, H, T, D), dtype of `keys`
     keys: Tensor,  # (pages, page_size, K, D) bf16, fp16 or fp32, contiguous
     values: Tensor,  # (pages, page_size, K, Dv), dtype of `keys`, contiguous
+    addresses: Tensor,  # (2,) int64: where the two lie
     table: Tensor,  # (B, pages_per_row) int64: slot s of row b lies in page table[b, s // page_size]
     positions: Tensor,  # (B, T) int64
     num_slots: int,  # no query sees a slot from here on
@@ -209,7 +225,7 @@ def attend(
     scale, cap = (scale * LOG2E.value, 0.0) if softcap is None else (scale / softcap, softcap * LOG2E.value)
     with torch.cuda.device_of(keys):
         _attend_split[grid](  # pyright: ignore[reportIndexIssue]
-            query, keys, values, table, positions, sums, statistics, *query.stride()[:3], table.stride(0),
+            query, addresses, table, positions, sums, statistics, *query.stride()[:3], table.stride(0),
             num_steps, groups, num_slots, window, scale, cap,
             num_kv_heads, dim, value_dim, page_size, softcap is not None, tile, block, dims, value_dims,
             SPLIT, num_warps=num_warps(tile, value_dims),

@@ -1,0 +1,137 @@
+"""The drafter on Triton's kernels: projections of one input are rows of one quantized layer."""
+
+import pytest
+import torch
+from adapted import adapted, stir
+from decoding import decoded, relative_error, without_fast_forwards
+from tiny_models import ragged_prompts, scale_weights, tiny_model
+from torch import Tensor, nn
+from transformers import GenerationConfig
+from triton_cases import DEVICE, forced
+
+from trl_selfspec.drafter import (
+    LiveLoraLinear,
+    QuantizedRows,
+    drafter_bytes,
+    make_drafter,
+    quantized_layers,
+    requantize,
+)
+from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.kernels import gpu
+from trl_selfspec.mirror import Mirror
+from trl_selfspec.options import SelfSpecOptions
+
+
+PAGE = 16
+TOLERANCE = 1e-4  # fp32 sums in another order
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _kernels_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    forced(monkeypatch)
+
+
+def drafter(mirror: Mirror, qtype: str = "qint8", joined: bool = True, live: bool = False) -> nn.Module:
+    with pytest.MonkeyPatch.context() as patch:
+        if not joined:
+            patch.setattr(gpu, "runs_triton", lambda device: False)
+        tree = make_drafter(mirror, qtype, live_adapters=live)
+        requantize(tree, mirror)
+        return tree
+
+
+def wholes(tree: nn.Module) -> dict[nn.Module, list[QuantizedRows]]:
+    parts: dict[nn.Module, list[QuantizedRows]] = {}
+    for module in tree.modules():
+        if isinstance(module, QuantizedRows):
+            parts.setdefault(module.whole, []).append(module)
+    return parts
+
+
+def dequantized(tree: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: layer.whole.dequantize()[layer.rows] if isinstance(layer, QuantizedRows) else layer.dequantize()
+        for name, layer in quantized_layers(tree)
+    }
+
+
+@pytest.mark.parametrize("qtype", ["qint4", "qint8", "qfloat8"])
+def test_joining_changes_no_code(qtype: str) -> None:
+    """Scales belong to rows: a layer quantized with others is quantized as alone, after every change."""
+    model = tiny_model("qwen2").to(DEVICE)
+    mirror = Mirror(model)
+    tree = drafter(mirror, qtype)
+    assert [len(parts) for parts in wholes(tree).values()] == [3, 2, 3, 2]
+    for seed in (1, 2):
+        apart = dequantized(drafter(mirror, qtype, joined=False))
+        joined = dequantized(tree)
+        assert joined.keys() == apart.keys()
+        assert all(torch.equal(joined[name], apart[name]) for name in apart)
+        scale_weights(model, seed)
+        mirror.refresh()
+        requantize(tree, mirror)
+
+
+def test_a_joined_drafter_gives_what_its_modules_give() -> None:
+    """Biases included, which are copied where the layer is not the policy's alone."""
+    model = tiny_model("qwen2").to(DEVICE)
+    mirror = Mirror(model)
+    tree = drafter(mirror)
+    for seed in (1, 2):
+        scale_weights(model, seed)
+        mirror.refresh()
+        requantize(tree, mirror)
+        actual = decoded(tree, 1, 2, PAGE)
+        apart = without_fast_forwards(drafter(mirror, joined=False))  # type: ignore[arg-type]
+        assert relative_error(actual, decoded(apart, 1, 2, PAGE)) <= TOLERANCE
+    biases = [whole.bias for whole in wholes(tree) if whole.bias is not None]
+    assert len(biases) == 2
+    with torch.no_grad():
+        biases[0].zero_()
+    assert relative_error(decoded(tree, 1, 2, PAGE), actual) > 0.1, "negative control"
+
+
+def test_a_part_is_quantized_when_it_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A LoRA policy trains some of the projections; and the drafter holds no byte more than apart, biases aside."""
+    policy = adapted(target_modules=["q_proj", "v_proj"]).to(DEVICE)
+    mirror = Mirror(policy)
+    tree, calls = drafter(mirror), []
+    original = QuantizedRows.requantize_
+    monkeypatch.setattr(
+        QuantizedRows, "requantize_", lambda part, weight: (calls.append(part), original(part, weight))
+    )
+    stir(policy, seed=5)
+    mirror.refresh()
+    requantize(tree, mirror)
+    expected = [tree.get_submodule(f"model.layers.{i}.self_attn.{n}_proj") for i in range(2) for n in "qv"]
+    assert calls == expected
+    biases = sum(whole.bias.nbytes for whole in wholes(tree) if whole.bias is not None)
+    assert drafter_bytes(tree) == drafter_bytes(drafter(mirror, joined=False)) + biases
+
+
+def test_layers_with_live_adapters_stay_alone() -> None:
+    """Each has factors of its own."""
+    mirror = Mirror(adapted(target_modules=["q_proj", "v_proj"]).to(DEVICE))
+    tree = drafter(mirror, live=True)
+    assert [len(parts) for parts in wholes(tree).values()] == [2, 2]
+    assert sum(isinstance(module, LiveLoraLinear) for module in tree.modules()) == 4
+    actual = decoded(tree, 1, 2, PAGE)
+    apart = without_fast_forwards(drafter(mirror, joined=False, live=True))  # type: ignore[arg-type]
+    assert relative_error(actual, decoded(apart, 1, 2, PAGE)) <= TOLERANCE
+
+
+def test_the_engine_speculates_with_them() -> None:
+    """Prefill, drafts and verification through the same pages: greedy rows are the policy's own."""
+    model = tiny_model("qwen2").to(DEVICE)
+    options = SelfSpecOptions("qint8", num_speculative_tokens=2, max_active_sequences=8)
+    engine = SelfSpecEngine(model, options)
+    prompts = ragged_prompts([3, 7])
+    output = engine.generate(prompts, GenerationConfig(max_new_tokens=5, do_sample=False), seed=0)
+    assert output.stats.num_draft_tokens > 0 and output.stats.alpha > 0
+    assert not engine._kept.cache.storage_in_rounds, "captured rounds would not outlive their pages"
+    for prompt, tokens in zip(prompts, output.completion_ids, strict=True):
+        ids = torch.tensor([prompt + tokens], device=DEVICE)
+        with torch.no_grad():
+            assert model(ids).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
