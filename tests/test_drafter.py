@@ -26,9 +26,9 @@ def requantized(monkeypatch: pytest.MonkeyPatch) -> list[QuantizedLinear]:
     layers: list[QuantizedLinear] = []
     original = QuantizedLinear.requantize_
 
-    def recorded(layer: QuantizedLinear, weight: Tensor) -> None:
+    def recorded(layer: QuantizedLinear, weight: Tensor, first_row: int = 0) -> None:
         layers.append(layer)
-        original(layer, weight)
+        original(layer, weight, first_row)
 
     monkeypatch.setattr(QuantizedLinear, "requantize_", recorded)
     return layers

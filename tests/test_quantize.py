@@ -119,6 +119,22 @@ def test_requantizing_is_the_same_as_quantizing_anew(qtype: str):
     assert torch.equal(layer.dequantize(), other.dequantize())
 
 
+@pytest.mark.parametrize("qtype", QTYPES)
+def test_a_layer_is_quantized_in_parts(monkeypatch, qtype: str):
+    """One layer stands for several of the policy's; a part that lands elsewhere overwrites its neighbour."""
+    monkeypatch.setitem(quantize.QUANTIZE_AT_ONCE, "cpu", 5 * 256)
+    whole, linear = make_layer(256, 40, qtype, FP32, bias=False)
+    parts, _ = make_layer(256, 40, qtype, FP32, bias=False)
+    parts.requantize_(linear.weight[17:], 17)
+    assert torch.equal(parts.dequantize()[17:], whole.dequantize()[17:])
+    parts.requantize_(linear.weight[:17])
+    assert torch.equal(parts.dequantize(), whole.dequantize())
+    x = torch.randn(3, 256)
+    assert torch.equal(parts(x), whole(x))
+    with pytest.raises(AssertionError):
+        parts.requantize_(linear.weight[:2], 39)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("qtype", QTYPES)
 def test_quantization_noise_is_below_its_floor(qtype: str, dtype: torch.dtype):

@@ -109,13 +109,20 @@ class QuantizedLinear(nn.Module):
         return {"codes": ((rows, columns), code_dtype), "scale": ((rows, 1), self.dtype)}
 
     @torch.no_grad()
-    def requantize_(self, weight: Tensor) -> None:  # (out_features, in_features), any floating dtype
-        """Quantizes `weight` into the storages, in place: their addresses never change."""
-        assert weight.shape == (self.out_features, self.in_features)
+    def requantize_(
+        self,
+        weight: Tensor,  # (rows, in_features), any floating dtype
+        first_row: int = 0,
+    ) -> None:
+        """Quantizes `weight` into the storages from output row `first_row` on, in place: addresses never change.
+
+        Fewer rows than `out_features` are one part of a layer that stands for several.
+        """
+        assert weight.shape[1] == self.in_features and 0 <= first_row <= self.out_features - len(weight)
         chunk = QUANTIZE_AT_ONCE.get(self.device.type, QUANTIZE_AT_ONCE["cuda"]) // self.in_features + 1
-        for start in range(0, self.out_features, chunk):
-            rows = slice(start, start + chunk)
-            part = weight.detach()[rows].to(self.device, self.dtype).contiguous()
+        for start in range(0, len(weight), chunk):
+            part = weight.detach()[start : start + chunk].to(self.device, self.dtype).contiguous()
+            rows = slice(first_row + start, first_row + start + len(part))
             if self.qtype == "qint4":
                 codes, scale, shift = _quantize_4bit(part, self.quanto_group_size)
                 self.packed[rows] = int4.pack(codes, self.group_size)
