@@ -191,7 +191,9 @@ def test_rows_do_not_see_their_neighbours(kind: str, dtype: torch.dtype):
 
     numpy's products, in the interpreter, depend on the shape of the tile.
     """
-    layer = Int4(70, 1280, dtype=dtype) if kind == "int4" else EightBit(70, 1280, INT8 if kind == "int8" else FP8, dtype)
+    layer = (
+        Int4(70, 1280, dtype=dtype) if kind == "int4" else EightBit(70, 1280, INT8 if kind == "int8" else FP8, dtype)
+    )
     x = activations(40, layer)
     together = layer(x)
     for m in (1, 3, 16, 17, 33) if ON_GPU else (17, 18, 33):

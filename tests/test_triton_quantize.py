@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from trl_selfspec.kernels import int4
+from trl_selfspec.kernels.quantized import quantizes_4bit_on_gpu
 from trl_selfspec.quantize import _quantize_4bit, _quantize_8bit, quanto_group_size
 
 
@@ -135,10 +136,10 @@ def test_fast_division_rounds_bf16_quotients_exactly():
 
 
 def test_what_is_taken():
-    from trl_selfspec.kernels.cuda.quantize import takes_4bit
-
-    assert all(takes_4bit(k, quanto_group_size(k) or min(128, -(-k // 32) * 32)) for k in (20, 128, 256, 288, 960))
-    assert not takes_4bit(129, 128) and not takes_4bit(1000, 128)
+    assert all(
+        quantizes_4bit_on_gpu(k, quanto_group_size(k) or min(128, -(-k // 32) * 32)) for k in (20, 128, 256, 288, 960)
+    )
+    assert not quantizes_4bit_on_gpu(129, 128) and not quantizes_4bit_on_gpu(1000, 128)
 
 
 @pytest.mark.gpu

@@ -24,6 +24,12 @@ def unpack(packed: Tensor, k: int) -> Tensor:  # (N, K) uint8
     return torch.cat((lanes & 15, lanes >> 4), dim=2).view(len(packed), -1)[:, :k]
 
 
+def in_order(packed: Tensor) -> Tensor:  # (N, K / 2) uint8
+    """The same codes, of whole groups, in their order: byte i holds code 2 i in its low nibble, 2 i + 1 in its high one."""
+    even, odd = packed.view(len(packed), -1, 8, 2).unbind(-1)
+    return torch.cat(((even & 15) | (odd << 4), (even >> 4) | (odd & 240)), dim=-1).view(len(packed), -1)
+
+
 def dequantize(
     packed: Tensor,  # (N, groups * group_size / 2) uint8
     scale_shift: Tensor,  # (N, groups, 2)

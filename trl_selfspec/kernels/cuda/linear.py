@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trl_selfspec.kernels.cuda.codes import code_8bit, nibbles, scale_and_shift
+from trl_selfspec.kernels.quantized import MAX_ROWS
 
 
 PROGRAMS = 396  # three for each of an H100's SMs: enough bytes under way, few enough parts to add
@@ -24,7 +25,6 @@ MAX_SPLITS = 8
 MIN_STEPS = 2  # along K, of a split
 STEP_8BIT = 128  # columns
 STAGES, NUM_WARPS = 4, 4
-MAX_ROWS = 512  # beyond, cuBLAS on dequantized weights is faster
 NARROW, WIDE = 64, 128  # columns of a tile
 LOW, HIGH = 16, 32  # rows of a tile; with more, Hopper's own instructions would want weights in shared memory
 

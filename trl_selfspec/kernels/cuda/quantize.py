@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trl_selfspec.kernels.quantized import quantizes_4bit_on_gpu
+
 
 BYTES_AT_ONCE = 2048  # of packed codes, by a program
 COLUMNS_AT_ONCE = 4096  # of a row
@@ -114,13 +116,6 @@ def _quantize_8bit(weight, codes, scales, K, row_stride, BLOCK: tl.constexpr, FP
         tl.store(codes + row * K + start + column, code.to(tl.uint8), mask=real)
 
 
-def takes_4bit(k: int, group_size: int) -> bool:
-    """Whether `quantize_4bit` knows rows of `k` in groups of `group_size`: one group that may end early, or several
-    that do not.
-    """
-    return k <= group_size or k % group_size == 0
-
-
 def quantize_4bit(
     weight: Tensor,  # (N, K), any floating dtype
     packed: Tensor,  # (N, groups * group_size / 2) uint8
@@ -129,7 +124,12 @@ def quantize_4bit(
     """Fills the storages of `int4.pack` with quanto's codes, scales and shifts."""
     (n, k), groups_per_row = weight.shape, scale_shift.shape[1]
     size = packed.shape[1] * 2 // groups_per_row
-    assert takes_4bit(k, size) and packed.is_contiguous() and scale_shift.is_contiguous() and weight.stride(1) == 1
+    assert (
+        quantizes_4bit_on_gpu(k, size)
+        and packed.is_contiguous()
+        and scale_shift.is_contiguous()
+        and weight.stride(1) == 1
+    )
     width = triton.next_power_of_2(size // 2)
     groups = BYTES_AT_ONCE // width
     with torch.cuda.device_of(packed):
