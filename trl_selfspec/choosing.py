@@ -1,8 +1,8 @@
 """Which backend multiplies fastest by a quantized layer's weights on a GPU, by the number of rows.
 
 A layer of a shape not yet seen is filled with noise and tried: what raises, gives other numbers than dequantized
-weights, or not the same ones twice, is left out with a warning. The rest is timed with cold caches, as in a decode step.
-The answer is kept in the user's cache, by GPU, versions and shape.
+weights, or not the same ones twice, is left out with a warning. The rest is timed with cold caches, as in a decode
+step. The answer is kept in the user's cache, by GPU, versions and shape.
 """
 
 import functools

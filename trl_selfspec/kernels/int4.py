@@ -25,7 +25,7 @@ def unpack(packed: Tensor, k: int) -> Tensor:  # (N, K) uint8
 
 
 def in_order(packed: Tensor) -> Tensor:  # (N, K / 2) uint8
-    """The same codes, of whole groups, in their order: byte i holds code 2 i in its low nibble, 2 i + 1 in its high one."""
+    """The codes of whole groups in their order: byte i holds code 2 i in its low nibble, 2 i + 1 in its high one."""
     even, odd = packed.view(len(packed), -1, 8, 2).unbind(-1)
     return torch.cat(((even & 15) | (odd << 4), (even >> 4) | (odd & 240)), dim=-1).view(len(packed), -1)
 

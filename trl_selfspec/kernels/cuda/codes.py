@@ -86,19 +86,19 @@ E4M3_TO_FP32 = tl.constexpr(2.0**120)
 @triton.jit
 def nibbles(byte, DTYPE: tl.constexpr, ASSEMBLER: tl.constexpr):
     """Low and high code of each byte, plus 128 (bf16), 1024 (fp16) or nothing (fp32)."""
-    if ASSEMBLER and DTYPE == tl.bfloat16:
+    if ASSEMBLER and tl.bfloat16 == DTYPE:
         low, high = tl.inline_asm_elementwise(
             BF16_NIBBLES, "=r,=r,=r,=r,r", [byte], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
         )
-    elif ASSEMBLER and DTYPE == tl.float16:
+    elif ASSEMBLER and tl.float16 == DTYPE:
         low, high = tl.inline_asm_elementwise(
             FP16_NIBBLES, "=r,=r,=r,=r,r", [byte], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
         )
-    elif DTYPE == tl.float32:
+    elif tl.float32 == DTYPE:
         low = ((byte & 15).to(tl.int32) | TWO_23).to(tl.float32, bitcast=True) - 8388608.0
         high = ((byte >> 4).to(tl.int32) | TWO_23).to(tl.float32, bitcast=True) - 8388608.0
     else:
-        exponent: tl.constexpr = 0x4300 if DTYPE == tl.bfloat16 else 0x6400
+        exponent: tl.constexpr = 0x4300 if tl.bfloat16 == DTYPE else 0x6400
         low = ((byte & 15).to(tl.int16) | exponent).to(DTYPE, bitcast=True)
         high = ((byte >> 4).to(tl.int16) | exponent).to(DTYPE, bitcast=True)
     return low, high
@@ -107,11 +107,11 @@ def nibbles(byte, DTYPE: tl.constexpr, ASSEMBLER: tl.constexpr):
 @triton.jit
 def code_8bit(byte, DTYPE: tl.constexpr, FP8: tl.constexpr, ASSEMBLER: tl.constexpr):
     """The number that a byte of int8, or of float8_e4m3fn other than NaN, stands for."""
-    if ASSEMBLER and DTYPE == tl.bfloat16:
+    if ASSEMBLER and tl.bfloat16 == DTYPE:
         return tl.inline_asm_elementwise(
             FP8_TO_BF16 if FP8 else INT8_TO_BF16, "=&r,=&r,r", [byte], dtype=tl.bfloat16, is_pure=True, pack=4
         )
-    elif ASSEMBLER and DTYPE == tl.float16:
+    elif ASSEMBLER and tl.float16 == DTYPE:
         return tl.inline_asm_elementwise(
             FP8_TO_FP16 if FP8 else INT8_TO_FP16, "=&r,=&r,r", [byte], dtype=tl.float16, is_pure=True, pack=4
         )
@@ -126,9 +126,9 @@ def code_8bit(byte, DTYPE: tl.constexpr, FP8: tl.constexpr, ASSEMBLER: tl.conste
 @triton.jit
 def scale_and_shift(pair, DTYPE: tl.constexpr):
     """Two neighbours that were read as one integer, in fp32."""
-    if DTYPE == tl.float32:
+    if tl.float32 == DTYPE:
         scale, shift = pair.to(tl.int32), (pair >> 32).to(tl.int32)
-    elif DTYPE == tl.bfloat16:
+    elif tl.bfloat16 == DTYPE:
         scale, shift = pair << 16, pair & -65536
     else:
         scale = pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True)

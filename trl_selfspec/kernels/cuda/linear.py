@@ -68,7 +68,7 @@ def _linear_int4(
     n = tile // num_tiles_m * TILE_N + tl.arange(0, TILE_N)
     row = tl.minimum(n, N - 1).to(tl.int64)  # the tile's rest repeats the last row
     DTYPE: tl.constexpr = x.dtype.element_ty
-    OFFSET: tl.constexpr = 128 if DTYPE == tl.bfloat16 else 1024 if DTYPE == tl.float16 else 0
+    OFFSET: tl.constexpr = 128 if tl.bfloat16 == DTYPE else 1024 if tl.float16 == DTYPE else 0
     byte = tl.arange(0, STEP // 2)
     weights = packed + row[None, :] * (num_groups * (GROUP // 2)) + byte[:, None]
     column = byte // 16 * 32 + byte % 16

@@ -33,7 +33,7 @@ def _quotient(a, b, DTYPE: tl.constexpr):
     """a / b for numbers of `DTYPE`. Quotients of two bf16 numbers keep a distance of 2 ** -17 from the middle between
     two others, so that the GPU's fast division, with errors of 2 ** -22, rounds as the exact one does.
     """
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         return _rounded(a / b, DTYPE)
     else:
         return _rounded(tl.div_rn(a, b), DTYPE)
