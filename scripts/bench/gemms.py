@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.report import Stopwatch, copy_gb_per_s, spread
+from bench.device import Stopwatch, copy_bytes_per_s
+from bench.report import spread
 from bench.workload import preset_config
 from trl_selfspec import backends
 from trl_selfspec.backends import Backend
@@ -76,18 +77,18 @@ def make_layers(n: int, k: int, qtype: str, backend: Backend, count: int) -> lis
 
 
 @torch.no_grad()
-def time_shape(n: int, k: int, rows: list[int], repeats: int, gb_per_s: float) -> dict[str, Any]:
+def time_shape(n: int, k: int, rows: list[int], repeats: int, bytes_per_s: float) -> dict[str, Any]:
     """Each backend's microseconds, cuBLAS's on bf16 weights, and those of reading the weights once."""
     result: dict[str, Any] = {}
     count = max(1, math.ceil(COLD_BYTES / (2 * n * k)))
     weights = [torch.randn(n, k, dtype=DTYPE, device="cuda") for _ in range(count)]
     linears = [lambda x, w=w: F.linear(x, w) for w in weights]
-    result["cublas bf16"] = {"floor": 1e6 * 2 * n * k / (1e9 * gb_per_s), **microseconds(linears, k, rows, repeats)}
+    result["cublas bf16"] = {"floor": 1e6 * 2 * n * k / bytes_per_s, **microseconds(linears, k, rows, repeats)}
     del weights, linears
     for qtype in QTYPES:
         probe = QuantizedLinear(k, n, None, qtype, DTYPE, "cuda")
         num_bytes = sum(getattr(probe, name).nbytes for name in probe.storage_names)
-        floor = 1e6 * num_bytes / (1e9 * gb_per_s)
+        floor = 1e6 * num_bytes / bytes_per_s
         for backend in backends.BACKENDS[:-1]:
             if backend.supports(probe):
                 layers = make_layers(n, k, qtype, backend, max(1, math.ceil(COLD_BYTES / num_bytes)))
@@ -117,7 +118,7 @@ def requantize_seconds(shapes: Counter[tuple[int, int]], qtype: str, repeats: in
 
 def run(preset: str, rows: list[int], repeats: int) -> dict[str, Any]:
     """Everything for a preset."""
-    shapes, bandwidth = fused_shapes(preset), copy_gb_per_s(torch.device("cuda"))
+    shapes, bandwidth = fused_shapes(preset), copy_bytes_per_s(torch.device("cuda"))
     timed = {f"{n}x{k}": {"layers": c, **time_shape(n, k, rows, repeats, bandwidth)} for (n, k), c in shapes.items()}
     requantize = {qtype: requantize_seconds(shapes, qtype, repeats) for qtype in QTYPES}
     return {"preset": preset, "microseconds": timed, "requantize_s": requantize}
