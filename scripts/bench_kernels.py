@@ -1,8 +1,10 @@
 """Milliseconds of all Linear layers of a preset once, by rows: our CPU kernels, and torch's, in one process.
 
     python scripts/bench_kernels.py [--preset 150m] [--rows 1 2 4 8 16] [--repeats 9] [--out kernels.json]
+    python scripts/bench_kernels.py --device cuda --preset 7b --rows 1 4 8 16 32 64
 
-Weights are random and as many as the model's, so that they come from memory as in a decode step.
+Weights are random and as many as the model's, so that they come from memory as in a decode step. On CUDA: each backend
+of quantized layers by shape against cuBLAS in bf16 and the time of reading the weights once, and requantizing.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bench import gemms
 from bench.report import provenance
 from bench.workload import preset_config
 from torch import Tensor
@@ -69,22 +72,28 @@ def milliseconds(
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--preset", default="150m")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 6, 8, 16])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--kinds", nargs="+", default=["bf16", "int4", "fp32", "torch fp32"])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
-    if not kernels.available():
+    if args.device == "cpu" and not kernels.available():
         sys.exit("No CPU kernels here: they need AVX2 and a C compiler.")
-    sizes = shapes(args.preset)
-    argv = ["bench_kernels.py", *argv]
-    result: dict[str, Any] = {"milliseconds": {}, "provenance": provenance(argv, torch.device("cpu"))}
-    for kind in args.kinds:
-        result["milliseconds"][kind] = milliseconds(kind, sizes, args.rows, args.repeats)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("No CUDA device here.")
+    where = provenance(["bench_kernels.py", *argv], torch.device(args.device))
+    result: dict[str, Any] = {"provenance": where}
+    if args.device == "cuda":
+        result |= gemms.run(args.preset, args.rows, args.repeats)
+    else:
+        sizes = shapes(args.preset)
+        timed = {kind: milliseconds(kind, sizes, args.rows, args.repeats) for kind in args.kinds}
+        result["milliseconds"] = timed
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    print(gemms.table(result) if args.device == "cuda" else json.dumps(result))
 
 
 if __name__ == "__main__":

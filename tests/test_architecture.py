@@ -13,7 +13,7 @@ FLOORS = tuple(
     set(names.split())
     for names in (
         "sampling rejection stats estimates controller options timing scheduler transfer",
-        "quantize kernels verification",
+        "quantize backends choosing kernels verification",
         "law sharding adapters cache kept admission attention layers mirror drafter forms graphs rounds memory "
         "requests rollout selfcheck engine generation",
         "config reporting following checkpointing mixin trainer model_card",

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trl_selfspec import kernels, quantize
+from trl_selfspec import backends, kernels, quantize
 from trl_selfspec.quantize import QTYPES, QuantizedLinear, resolve_qtype
 
 
@@ -166,7 +166,7 @@ def test_backends_equal_the_dequantized_linear(
     monkeypatch, name: str, qtype: str, dtype: torch.dtype, shapes: list[tuple[int, int]], rows: int
 ):
     """Every way to multiply, with bias. Negative control: the result without it."""
-    monkeypatch.setattr(quantize, "BACKENDS", tuple(b for b in quantize.BACKENDS if b.name == name))
+    monkeypatch.setattr(backends, "BACKENDS", tuple(b for b in backends.BACKENDS if b.name == name))
     for k, n in shapes:
         layer, linear = make_layer(k, n, qtype, dtype)
         x = torch.randn(2, rows, k).to(dtype)

@@ -119,6 +119,32 @@ def storage(addresses, which: tl.constexpr, DTYPE: tl.constexpr):
 
 attention.storage = storage
 """
+LINEAR = """
+from trl_selfspec.kernels.cuda.linear import NUM_WARPS, STAGES, _linear_8bit, _linear_int4, num_splits, tiling
+
+dtype, n, k, rows = sys.argv[2], *map(int, sys.argv[3:6])
+splits = num_splits(n, k // 128)
+tile_m, tile_n = tiling(rows, n, splits)
+constants = {"SPLITS": splits, "STEP": 128, "WHOLE": True, "BIAS": True, "TILE_M": tile_m, "TILE_N": tile_n}
+constants |= {"STAGES": STAGES, "ASSEMBLER": True}
+pointers = {name: "*" + dtype for name in ("x", "bias", "out")} | {"sums": "*fp32", "counters": "*i32"}
+int4 = {"packed": "*u8", "scale_shift": "*i32"}
+compiled(_linear_int4, pointers | int4, constants | {"GROUP": 128}, aligned=("N", "K"), num_warps=NUM_WARPS)
+for fp8 in (False, True):
+    eight = {"codes": "*u8", "scale": "*" + dtype}
+    compiled(_linear_8bit, pointers | eight, constants | {"FP8": fp8}, aligned=("N", "K"), num_warps=NUM_WARPS)
+"""
+QUANTIZE = """
+from trl_selfspec.kernels.cuda.quantize import BYTES_AT_ONCE, COLUMNS_AT_ONCE, _quantize_4bit, _quantize_8bit
+
+source, dtype = sys.argv[2:4]
+constants = {"SIZE": 128, "BYTES": 64, "GROUPS": BYTES_AT_ONCE // 64, "WHOLE": True}
+pointers = {"weight": "*" + source, "packed": "*u8", "scale_shift": "*" + dtype}
+compiled(_quantize_4bit, pointers, constants, aligned=("num_weights_per_row", "row_stride"))
+for fp8 in (False, True):
+    pointers = {"weight": "*" + source, "codes": "*u8", "scales": "*" + dtype}
+    compiled(_quantize_8bit, pointers, {"BLOCK": COLUMNS_AT_ONCE, "FP8": fp8}, aligned=("K", "row_stride"))
+"""
 
 
 @pytest.fixture
@@ -167,4 +193,21 @@ def test_pages_found_by_address_are_copied_ahead(usage):
 def test_what_lies_between_products_compiles(capability: str, dtype: str, hidden_dtype: str, dim: int, usage):
     """Of models in 16 bits and of fp32 ones under autocast; wide rows and heads stay in registers."""
     for shared, _, spilled, _ in usage(ELEMENTWISE, capability, dtype, hidden_dtype, dim):
+        assert shared <= SMALLEST_SHARED_MEMORY and spilled == 0
+
+
+@pytest.mark.parametrize("capability", ["80", "90"])
+@pytest.mark.parametrize(
+    ("dtype", "n", "k", "rows"), [("bf16", 3584, 18944, 8), ("bf16", 152064, 3584, 64), ("fp16", 3584, 18944, 32)]
+)
+def test_linear_layers_compile(capability: str, dtype: str, n: int, k: int, rows: int, usage):
+    """Narrow and wide tiles, few and many rows: on tensor cores, weights copied ahead, nothing spilled."""
+    for shared, tensor_cores, spilled, copies_ahead in usage(LINEAR, capability, dtype, n, k, rows):
+        assert shared <= SMALLEST_SHARED_MEMORY and tensor_cores and copies_ahead and spilled <= SPILLED
+
+
+@pytest.mark.parametrize("capability", ["80", "90"])
+@pytest.mark.parametrize(("source", "dtype"), [("fp32", "bf16"), ("fp16", "fp16")])
+def test_quantization_compiles(capability: str, source: str, dtype: str, usage):
+    for shared, _, spilled, _ in usage(QUANTIZE, capability, source, dtype):
         assert shared <= SMALLEST_SHARED_MEMORY and spilled == 0

@@ -17,7 +17,7 @@ import torch
 from bench.device import copy_bytes_per_s, gpu_provenance
 
 
-PACKAGES = ("torch", "transformers", "trl", "optimum-quanto", "accelerate", "triton", "vllm")
+PACKAGES = ("torch", "transformers", "trl", "optimum-quanto", "accelerate", "triton", "humming-kernels", "vllm")
 BUSY_LOAD_PER_CORE = 0.35  # load average before a run above which its seconds mean little
 
 

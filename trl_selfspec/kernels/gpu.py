@@ -13,6 +13,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 @functools.cache
 def runs_triton(device: torch.device) -> bool:
     """Whether Triton is installed and `device` is a GPU that its kernels here are written for."""
-    if device.type != "cuda" or find_spec("triton") is None:
+    if device.type != "cuda" or not torch.cuda.is_available() or find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) >= AMPERE

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from trl_selfspec.kernels.files import cache_directory
+
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +74,7 @@ def _build() -> Path:
     if compiler is None:
         raise OSError("no C compiler (cc) on the PATH")
     key = hashlib.sha256(_sources() + repr((compiler, FLAGS, _cpu_name())).encode()).hexdigest()[:16]
-    directory = _cache_directory()
+    directory = cache_directory()
     target = directory / f"cpu-{key}.so"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
@@ -95,10 +97,3 @@ def _cpu_name() -> str:
     """What `-march=native` depends on; home directories are shared by machines that differ."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
-
-
-def _cache_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    directory = Path(base) / "trl_selfspec"
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return directory

@@ -1,0 +1,142 @@
+"""Times of a model's quantized linear layers on a GPU, by shape, backend and rows, in captured graphs."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.device import Stopwatch, copy_bytes_per_s
+from bench.report import spread
+from bench.workload import preset_config
+from trl_selfspec import backends
+from trl_selfspec.backends import Backend
+from trl_selfspec.quantize import QTYPES, QuantizedLinear
+
+
+DTYPE = torch.bfloat16
+COLD_BYTES = 2**29  # of weights that a graph reads, several times what a GPU's caches hold
+
+
+def fused_shapes(preset: str) -> Counter[tuple[int, int]]:
+    """How many Linear layers of each (out, in) a drafter has, with q, k, v and gate, up side by side."""
+    config: Any = preset_config(preset)
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    keys = hidden // config.num_attention_heads * config.num_key_value_heads
+    each = [(hidden + 2 * keys, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)]
+    shapes = Counter({(config.vocab_size, hidden): 1})
+    for shape in each:
+        shapes[shape] += layers
+    return shapes
+
+
+def graph_seconds(calls: list[Callable[[], Tensor]], repeats: int) -> list[float]:
+    """Seconds per call of a graph that makes all calls, once per replay."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    laps = []
+    for _ in range(repeats + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        laps.append(start.elapsed_time(end) / 1e3 / len(calls))
+    return laps[2:]
+
+
+def microseconds(linears: list[Callable[[Tensor], Tensor]], k: int, rows: list[int], repeats: int) -> dict[str, Any]:
+    result = {}
+    for num_rows in rows:
+        x = torch.randn(num_rows, k, dtype=DTYPE, device="cuda")
+        laps = graph_seconds([lambda linear=linear, x=x: linear(x) for linear in linears], repeats)
+        result[str(num_rows)] = spread([1e6 * lap for lap in laps])
+    return result
+
+
+def make_layers(n: int, k: int, qtype: str, backend: Backend, count: int) -> list[QuantizedLinear]:
+    """Layers that have a backend alone."""
+    layers = []
+    weight = torch.randn(n, k, dtype=DTYPE, device="cuda")
+    for _ in range(count):
+        layer = QuantizedLinear(k, n, None, qtype, DTYPE, "cuda")
+        layer.backend = backend
+        for name, buffer in backend.derive(layer).items():
+            layer.register_buffer(name, buffer, persistent=False)
+        layer.requantize_(weight)
+        layers.append(layer)
+    return layers
+
+
+@torch.no_grad()
+def time_shape(n: int, k: int, rows: list[int], repeats: int, bytes_per_s: float) -> dict[str, Any]:
+    """Each backend's microseconds, cuBLAS's on bf16 weights, and those of reading the weights once."""
+    result: dict[str, Any] = {}
+    count = max(1, math.ceil(COLD_BYTES / (2 * n * k)))
+    weights = [torch.randn(n, k, dtype=DTYPE, device="cuda") for _ in range(count)]
+    linears = [lambda x, w=w: F.linear(x, w) for w in weights]
+    result["cublas bf16"] = {"floor": 1e6 * 2 * n * k / bytes_per_s, **microseconds(linears, k, rows, repeats)}
+    del weights, linears
+    for qtype in QTYPES:
+        probe = QuantizedLinear(k, n, None, qtype, DTYPE, "cuda")
+        num_bytes = sum(getattr(probe, name).nbytes for name in probe.storage_names)
+        floor = 1e6 * num_bytes / bytes_per_s
+        for backend in backends.BACKENDS[:-1]:
+            if backend.supports(probe):
+                layers = make_layers(n, k, qtype, backend, max(1, math.ceil(COLD_BYTES / num_bytes)))
+                fitting = [number for number in rows if backend.max_rows is None or number <= backend.max_rows]
+                timed = microseconds([layer.forward for layer in layers], k, fitting, repeats)
+                result[f"{qtype} {backend.name}"] = {"floor": floor, **timed}
+                del layers
+        result[f"{qtype} chosen"] = probe.backend.name
+        torch.cuda.empty_cache()
+    return result
+
+
+@torch.no_grad()
+def requantize_seconds(shapes: Counter[tuple[int, int]], qtype: str, repeats: int) -> dict[str, float]:
+    """Of all layers, one by one."""
+    totals = [0.0] * repeats
+    for (n, k), count in shapes.items():
+        weight = torch.randn(n, k, dtype=DTYPE, device="cuda")
+        layer = QuantizedLinear(k, n, None, qtype, DTYPE, "cuda")
+        layer.requantize_(weight)
+        for repeat in range(repeats):
+            with Stopwatch(torch.device("cuda")) as watch:
+                layer.requantize_(weight)
+            totals[repeat] += count * watch.seconds
+    return spread(totals)
+
+
+def run(preset: str, rows: list[int], repeats: int) -> dict[str, Any]:
+    """Everything for a preset."""
+    shapes, bandwidth = fused_shapes(preset), copy_bytes_per_s(torch.device("cuda"))
+    timed = {f"{n}x{k}": {"layers": c, **time_shape(n, k, rows, repeats, bandwidth)} for (n, k), c in shapes.items()}
+    requantize = {qtype: requantize_seconds(shapes, qtype, repeats) for qtype in QTYPES}
+    return {"preset": preset, "microseconds": timed, "requantize_s": requantize}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Milliseconds of all layers once, by backend and rows, for people."""
+    sums: dict[str, Counter[str]] = {}
+    for figures in result["microseconds"].values():
+        for kind, times in figures.items():
+            if isinstance(times, dict):
+                for rows, time in times.items():
+                    value = time if rows == "floor" else time["median"]
+                    sums.setdefault(kind, Counter())[rows] += figures["layers"] * value / 1e3
+    columns = list(sums["cublas bf16"])
+    lines = [f"{result['preset']}, ms" + " " * 20 + "".join(f"{column:>9}" for column in columns)]
+    for kind, values in sums.items():
+        cells = (f"{values[column]:9.2f}" if column in values else " " * 9 for column in columns)
+        lines.append(f"{kind:<28}" + "".join(cells))
+    lines += [f"requantize {qtype}: {1e3 * s['median']:.1f} ms" for qtype, s in result["requantize_s"].items()]
+    return "\n".join(lines)

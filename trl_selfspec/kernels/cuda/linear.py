@@ -1,0 +1,212 @@
+"""Linear layers over quantized weights for few rows, in Triton: int4 in groups, int8 and fp8 with a scale per row.
+
+Decoding waits for the weights, so each byte is read once, 16 at a time, several steps ahead, and becomes a tensor
+core's operand in registers. int4 codes come with a power of two on top (see `codes`), which sums of activations take
+out again together with the shifts, once per group. Narrow layers are split along K so that every SM has work; the last
+program to arrive adds the parts in their order.
+
+Steps and splits along K follow from the layer alone, tiles of rows and columns also from the number of rows: a row's
+result does not depend on how many others there are.
+
+This module imports triton; import it only inside functions.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trl_selfspec.kernels.cuda.codes import code_8bit, nibbles, scale_and_shift
+from trl_selfspec.kernels.quantized import MAX_ROWS
+
+
+PROGRAMS = 396  # three for each of an H100's SMs: enough bytes under way, few enough parts to add
+MAX_SPLITS = 8
+MIN_STEPS = 2  # along K, of a split
+STEP_8BIT = 128  # columns
+STAGES, NUM_WARPS = 4, 4
+NARROW, WIDE = 64, 128  # columns of a tile
+LOW, HIGH = 16, 32  # rows of a tile; with more, Hopper's own instructions would want weights in shared memory
+
+
+@triton.jit
+def _store(acc, bias, out, m, n, M, N, BIAS: tl.constexpr):
+    if BIAS:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    real = (m < M)[:, None] & (n < N)[None, :]
+    tl.store(out + m[:, None] * N + n[None, :], acc.to(out.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _finish(acc, bias, out, sums, counters, m, n, M, N, tile, SPLITS: tl.constexpr, BIAS: tl.constexpr):
+    """Stores a tile: at once, or the sum of all splits, in their order, by the program that arrives last."""
+    if SPLITS == 1:
+        _store(acc, bias, out, m, n, M, N, BIAS)
+    else:
+        parts, real = sums + m[:, None] * N + n[None, :], (m < M)[:, None] & (n < N)[None, :]
+        size = M.to(tl.int64) * N
+        tl.store(parts + tl.program_id(1) * size, acc, mask=real)
+        tl.debug_barrier()  # all threads' stores come before the one thread that counts
+        arrived = tl.atomic_add(counters + tile, 1, sem="acq_rel")
+        if arrived == SPLITS - 1:
+            total = tl.zeros_like(acc)
+            for split in range(SPLITS):
+                total += tl.load(parts + split * size, mask=real, other=0.0, cache_modifier=".cg")
+            _store(total, bias, out, m, n, M, N, BIAS)
+            tl.store(counters + tile, 0)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _linear_int4(
+    x, packed, scale_shift, bias, out, sums, counters, M, N, K, num_groups,
+    SPLITS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr, WHOLE: tl.constexpr, BIAS: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, STAGES: tl.constexpr, ASSEMBLER: tl.constexpr,
+):  # fmt: skip
+    """One tile and split; a step is `STEP` codes of one group, in `STEP` / 2 bytes of each row."""
+    tile, num_tiles_m = tl.program_id(0), tl.cdiv(M, TILE_M)  # tiles that read the same weights are neighbours
+    m = tile % num_tiles_m * TILE_M + tl.arange(0, TILE_M)
+    n = tile // num_tiles_m * TILE_N + tl.arange(0, TILE_N)
+    row = tl.minimum(n, N - 1).to(tl.int64)  # the tile's rest repeats the last row
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    OFFSET: tl.constexpr = 128 if tl.bfloat16 == DTYPE else 1024 if tl.float16 == DTYPE else 0
+    byte = tl.arange(0, STEP // 2)
+    weights = packed + row[None, :] * (num_groups * (GROUP // 2)) + byte[:, None]
+    column = byte // 16 * 32 + byte % 16
+    rows = x + m.to(tl.int64)[:, None] * K + column[None, :]
+    pairs = scale_shift + row * num_groups
+    acc = tl.zeros([TILE_M, TILE_N], tl.float32)
+
+    steps = num_groups * (GROUP // STEP)
+    steps_per_split = tl.cdiv(steps, SPLITS)
+    first = tl.program_id(1) * steps_per_split
+    for step in tl.range(first, tl.minimum(first + steps_per_split, steps), num_stages=STAGES):
+        if WHOLE:
+            x_low = tl.load(rows + step * STEP, mask=(m < M)[:, None], other=0.0)
+            x_high = tl.load(rows + step * STEP + 16, mask=(m < M)[:, None], other=0.0)
+        else:
+            left = K - step * STEP
+            x_low = tl.load(rows + step * STEP, mask=(m < M)[:, None] & (column < left)[None, :], other=0.0)
+            x_high = tl.load(rows + step * STEP + 16, mask=(m < M)[:, None] & (column + 16 < left)[None, :], other=0.0)
+        pair = tl.load(pairs + step // (GROUP // STEP))
+        low, high = nibbles(tl.load(weights + step * (STEP // 2)), DTYPE, ASSEMBLER)
+        product = tl.dot(x_low, low, input_precision="ieee")
+        product = tl.dot(x_high, high, product, input_precision="ieee")
+        total = tl.sum(x_low.to(tl.float32) + x_high.to(tl.float32), 1)
+        scale, shift = scale_and_shift(pair, DTYPE)
+        acc += product * scale[None, :]
+        acc -= total[:, None] * (OFFSET * scale + shift)[None, :]
+    _finish(acc, bias, out, sums, counters, m, n, M, N, tile, SPLITS, BIAS)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _linear_8bit(
+    x, codes, scale, bias, out, sums, counters, M, N, K,
+    SPLITS: tl.constexpr, STEP: tl.constexpr, WHOLE: tl.constexpr, BIAS: tl.constexpr, FP8: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, STAGES: tl.constexpr, ASSEMBLER: tl.constexpr,
+):  # fmt: skip
+    """One tile and split; a step is `STEP` codes of each row."""
+    tile, num_tiles_m = tl.program_id(0), tl.cdiv(M, TILE_M)
+    m = tile % num_tiles_m * TILE_M + tl.arange(0, TILE_M)
+    n = tile // num_tiles_m * TILE_N + tl.arange(0, TILE_N)
+    row = tl.minimum(n, N - 1).to(tl.int64)
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    column = tl.arange(0, STEP)
+    weights = codes + row[None, :] * K + column[:, None]
+    rows = x + m.to(tl.int64)[:, None] * K + column[None, :]
+    acc = tl.zeros([TILE_M, TILE_N], tl.float32)
+
+    steps = tl.cdiv(K, STEP)
+    steps_per_split = tl.cdiv(steps, SPLITS)
+    first = tl.program_id(1) * steps_per_split
+    for step in tl.range(first, tl.minimum(first + steps_per_split, steps), num_stages=STAGES):
+        if WHOLE:
+            byte = tl.load(weights + step * STEP)
+            part = tl.load(rows + step * STEP, mask=(m < M)[:, None], other=0.0)
+        else:
+            inside = step * STEP + column < K
+            byte = tl.load(weights + step * STEP, mask=inside[:, None], other=0)
+            part = tl.load(rows + step * STEP, mask=(m < M)[:, None] & inside[None, :], other=0.0)
+        acc = tl.dot(part, code_8bit(byte, DTYPE, FP8, ASSEMBLER), acc, input_precision="ieee")
+    acc *= tl.load(scale + row).to(tl.float32)[None, :]
+    _finish(acc, bias, out, sums, counters, m, n, M, N, tile, SPLITS, BIAS)
+
+
+COMPILED = isinstance(_linear_int4, triton.JITFunction)  # the interpreter knows no assembler
+
+
+def num_splits(n: int, steps: int) -> int:
+    """Parts of K; each of them has work."""
+    splits = max(1, min(MAX_SPLITS, round(PROGRAMS / triton.cdiv(n, NARROW)), steps // MIN_STEPS))
+    return triton.cdiv(steps, triton.cdiv(steps, splits))
+
+
+def tiling(m: int, n: int, splits: int) -> tuple[int, int]:
+    """Rows and columns of a tile. Wide tiles share the work on activations; narrow ones fill the GPU."""
+    rows = LOW if m <= LOW else HIGH
+    return rows, WIDE if triton.cdiv(m, rows) * triton.cdiv(n, WIDE) * splits >= PROGRAMS else NARROW
+
+
+def make_counters(n: int, device: torch.device) -> Tensor:
+    """What the programs of a layer with `n` outputs count themselves in; zero before and after each call, so calls
+    on different streams need different ones.
+    """
+    return torch.zeros(triton.cdiv(n, NARROW) * triton.cdiv(MAX_ROWS, LOW), dtype=torch.int32, device=device)
+
+
+def _launch(
+    kernel, x: Tensor, weights: tuple[Tensor, Tensor], bias: Tensor | None, counters: Tensor, n: int, splits: int,
+    *sizes: int, **constants: int,
+) -> Tensor:  # fmt: skip
+    m = len(x)
+    assert x.is_contiguous() and m <= MAX_ROWS and (bias is None or bias.is_contiguous())
+    tile_m, tile_n = tiling(m, n, splits)
+    num_tiles = triton.cdiv(m, tile_m) * triton.cdiv(n, tile_n)
+    assert num_tiles <= len(counters)
+    out = x.new_empty((m, n))
+    sums = x.new_empty((splits, m, n), dtype=torch.float32) if splits > 1 else out
+    with torch.cuda.device_of(x):
+        kernel[num_tiles, splits](
+            x, *weights, out if bias is None else bias, out, sums, counters, m, n, *sizes,
+            SPLITS=splits, BIAS=bias is not None, TILE_M=tile_m, TILE_N=tile_n, STAGES=STAGES,
+            ASSEMBLER=COMPILED, **constants, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return out
+
+
+def linear_int4(
+    x: Tensor,  # (M, K) bf16, fp16 or fp32
+    packed: Tensor,  # (N, groups * group_size / 2) uint8, see `int4.pack`
+    scale_shift: Tensor,  # (N, groups, 2), dtype of x: weight = scale * code - shift
+    bias: Tensor | None,  # (N,)
+    counters: Tensor,  # see `make_counters`
+) -> Tensor:  # (M, N), dtype of x
+    """`int4.linear_exact` with fp32 sums."""
+    k, (n, num_groups, _) = x.shape[1], scale_shift.shape
+    group_size = packed.shape[1] * 2 // num_groups
+    assert (num_groups - 1) * group_size < k <= num_groups * group_size and group_size % 32 == 0
+    assert packed.is_contiguous() and scale_shift.is_contiguous() and scale_shift.dtype is x.dtype
+    step = group_size & -group_size  # a power of two
+    splits = num_splits(n, num_groups * group_size // step)
+    pairs = scale_shift.view(torch.int64 if x.dtype is torch.float32 else torch.int32)
+    whole = k == num_groups * group_size
+    return _launch(
+        _linear_int4, x, (packed, pairs), bias, counters, n, splits, k, num_groups,
+        GROUP=group_size, STEP=step, WHOLE=whole,
+    )  # fmt: skip
+
+
+def linear_8bit(
+    x: Tensor,  # (M, K) bf16, fp16 or fp32
+    codes: Tensor,  # (N, K) int8 or float8_e4m3fn
+    scale: Tensor,  # (N, 1)
+    bias: Tensor | None,  # (N,)
+    counters: Tensor,  # see `make_counters`
+) -> Tensor:  # (M, N), dtype of x
+    """`F.linear` by `scale * codes`, with fp32 sums."""
+    n, k = codes.shape
+    assert x.shape[1] == k and codes.is_contiguous() and scale.numel() == n
+    splits = num_splits(n, triton.cdiv(k, STEP_8BIT))
+    return _launch(
+        _linear_8bit, x, (codes.view(torch.uint8), scale), bias, counters, n, splits, k,
+        STEP=STEP_8BIT, WHOLE=k % STEP_8BIT == 0, FP8=codes.dtype is torch.float8_e4m3fn,
+    )  # fmt: skip
