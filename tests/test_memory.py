@@ -11,6 +11,7 @@ from recorded_graph import record
 from tiny_models import Schedule, force_page_size, ragged_prompts, tiny_model
 from transformers import GenerationConfig, PreTrainedModel
 
+from trl_selfspec import engine as engine_module
 from trl_selfspec import memory
 from trl_selfspec.admission import Admission
 from trl_selfspec.engine import ROUNDS_AHEAD, RolloutOutput, SelfSpecEngine
@@ -143,12 +144,38 @@ def test_rows_pause_between_rounds_of_any_length(monkeypatch: pytest.MonkeyPatch
     assert actual.stats.paused_rows > 0
 
 
-def test_replayed_rounds_follow_rows_that_pause(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("ahead", [1, 2])
+@pytest.mark.parametrize("gamma", [0, 3])
+def test_rows_pause_with_rounds_in_flight(
+    monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, gamma: int, ahead: int
+) -> None:
+    """Prevents a row from being taken down before the host has read what it has drawn."""
+    expected = make_engine(model, gamma).generate(GROUPS, config(SAMPLED), seed=SEED)
+    monkeypatch.setitem(engine_module.ROUNDS_AHEAD, "cpu", ahead)
+    for num_pages in (LONGEST, 20):
+        engine = make_engine(model, gamma)
+        give_pages(monkeypatch, engine, num_pages)
+        actual = engine.generate(GROUPS, config(SAMPLED), seed=SEED, keep=True)
+        assert_same(actual, expected)
+        assert actual.stats.paused_rows > 0
+
+
+def recorded(function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """A recording whose report is copied when it is launched, as a GPU's is: the next replay overwrites it."""
+    replay = record(function)
+    return lambda: replay().clone()
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_replayed_rounds_follow_rows_that_pause(
+    monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, ahead: int
+) -> None:
     """Prevents a captured round from reading a table that the host has since changed, or storage that has gone."""
+    monkeypatch.setitem(engine_module.ROUNDS_AHEAD, "cpu", ahead)
     monkeypatch.setattr(build, "_library", lambda: None)  # our C kernels are no operations of torch: none is recorded
     expected = make_engine(model).generate(GROUPS, config(SAMPLED), seed=SEED)
     engine = make_engine(model)
-    engine._graphs = GraphPool(record)
+    engine._graphs = GraphPool(recorded)
     for num_pages in (LONGEST, 20):
         give_pages(monkeypatch, engine, num_pages)
         actual = engine.generate(GROUPS, config(SAMPLED), seed=SEED)
