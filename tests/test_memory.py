@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from trl_selfspec import engine as engine_module
 from trl_selfspec import memory
 from trl_selfspec.admission import Admission
-from trl_selfspec.engine import ROUNDS_AHEAD, RolloutOutput, SelfSpecEngine
+from trl_selfspec.engine import RolloutOutput, SelfSpecEngine
 from trl_selfspec.graphs import GraphPool
 from trl_selfspec.kept import KeptRows
 from trl_selfspec.kernels.cpu import build
@@ -111,18 +111,6 @@ def test_too_few_pages_change_no_token(
     assert ours.recomputed_tokens > 0
     for counter in ("num_rows", "prompt_tokens", "completion_tokens"):
         assert getattr(ours, counter) == getattr(theirs, counter)
-
-
-@pytest.mark.parametrize("num_pages", [LONGEST, 20])
-@pytest.mark.parametrize("gamma", [0, 3])
-def test_rows_pause_only_when_no_round_is_in_flight(
-    monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, gamma: int, num_pages: int
-) -> None:
-    """Prevents a pause that takes down a row without what a round in flight still brings it."""
-    monkeypatch.setitem(ROUNDS_AHEAD, "cpu", 1)
-    actual, expected = compare(monkeypatch, model, SAMPLED, num_pages, gamma=gamma)
-    assert_same(actual, expected)
-    assert actual.stats.paused_rows > 0
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "qwen3_moe"])

@@ -190,6 +190,7 @@ class SelfSpecEngine:
         warn_if_scarce(rollout.stats)
         rollout.stats.refresh_s, self._refresh_s = self._refresh_s, 0.0
         rollout.stats.drafter_bytes, rollout.stats.kv_bytes = self.drafter_bytes, rollout.kept.cache.nbytes
+        rollout.stats.graph_pool_bytes = self._graphs.nbytes
         if self.options.release_kv_cache and self.device.type == "cuda" and not keep:
             self.release()
         policy_logprobs = rollout.logprobs if law.is_full_softmax else rollout.policy_logprobs

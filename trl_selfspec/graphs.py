@@ -114,6 +114,13 @@ class GraphPool:
         """Forgets all graphs: a tensor that they use has moved."""
         for graphs in self._graphs.values():
             graphs.clear()
+        if isinstance(self._capture, CudaCapture):
+            self._capture = CudaCapture(self._capture.device)  # the pool goes with its last graph
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pool that the graphs share."""
+        return self._capture.nbytes if isinstance(self._capture, CudaCapture) else 0
 
     def __len__(self) -> int:
         return sum(replay is not None for graphs in self._graphs.values() for replay, _ in graphs.values())

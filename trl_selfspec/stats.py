@@ -56,6 +56,7 @@ class RolloutStats:
     plain_equivalent_s: float = 0.0  # what plain rounds would have taken for the tokens of all rounds
     drafter_bytes: int = 0
     kv_bytes: int = 0  # pages of keys and values, in use or not
+    graph_pool_bytes: int = 0  # what captured rounds compute with
 
     def add_plain_round(self, rows: int, seconds: float) -> None:
         self.plain_rounds += 1
@@ -185,6 +186,7 @@ class RolloutStats:
             "reused_prompt_tokens": float(self.reused_prompt_tokens),
             "drafter_bytes": float(self.drafter_bytes),
             "kv_bytes": float(self.kv_bytes),
+            "graph_pool_bytes": float(self.graph_pool_bytes) or None,  # left out where rounds are not captured
             "paused_rows": float(self.paused_rows) or None,  # left out as long as memory suffices
             "recomputed_tokens": float(self.recomputed_tokens) or None,
             "draft_nan_rounds": float(self.draft_nan_rounds),
