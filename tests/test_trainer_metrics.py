@@ -31,6 +31,7 @@ ALWAYS_LOGGED = [
     "selfspec/refresh_s",
     "selfspec/estimated_speedup",
     "selfspec/drafter_bytes",
+    "selfspec/kv_bytes",
     "selfspec/speculative_round_fraction",
     "selfspec/fallback",
     "sampling/sampling_logp_difference/mean",

@@ -18,6 +18,7 @@ from trl_selfspec.graphs import GraphPool, Program
 from trl_selfspec.kernels.draws import Outcome, token_logprobs
 from trl_selfspec.law import SamplingLaw
 from trl_selfspec.timing import Clock
+from trl_selfspec.transfer import to_device
 from trl_selfspec.verification import Verification
 
 
@@ -52,7 +53,7 @@ class RowState:
     def admit(self, row: int, prompt: Sequence[int], limit: int, row_id: int, done: Sequence[int] = ()) -> None:
         """Places a prompt and what was generated before; the row ends at the latest when it holds `limit` tokens."""
         length = len(prompt) + len(done)
-        self.tokens[row, :length] = torch.tensor([*prompt, *done])
+        self.tokens[row, :length] = to_device([*prompt, *done], self.tokens.device)
         self.lengths[row], self.prompt_lengths[row] = length, len(prompt)
         self.limits[row], self.row_ids[row] = limit, row_id
 
