@@ -1,6 +1,6 @@
 """What the tests of Triton's draws and verdicts share: scores, addresses, numbers of choice, and broken kernels.
 
-Importing this skips the module where its kernels can't run: on a GPU they do, else in Triton's interpreter.
+Importing this skips the module where Triton's kernels can't run.
 """
 
 import importlib.util
@@ -12,20 +12,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton_cases import DEVICE
 
 from trl_selfspec.sampling import Purpose, uniform
 
-
-pytest.importorskip("triton", reason="triton is not installed")
-ON_GPU = torch.cuda.is_available()
-if not ON_GPU and tuple(map(int, pytest.importorskip("numpy").__version__.split(".")[:2])) >= (2, 4):
-    pytest.skip("Triton's interpreter needs numpy < 2.4", allow_module_level=True)
 
 INTERPRETER_WARNINGS = [
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning"),  # numpy's, of NaN and infinity
 ]
-DEVICE = "cuda" if ON_GPU else "cpu"
 SEED = torch.tensor(7, device=DEVICE)
 INF, NAN = float("inf"), float("nan")
 LOGPROB = 3e-6  # fp32 sums in another order, and the distance from the maximum rounded twice

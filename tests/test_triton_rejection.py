@@ -13,7 +13,6 @@ from chosen_numbers import (
     LARGEST_U,
     LOGPROB,
     NAN,
-    ON_GPU,
     SEED,
     addresses,
     assert_logprobs,
@@ -23,8 +22,12 @@ from chosen_numbers import (
     rows_with,
 )  # fmt: skip
 from laws import FALSE_ALARM, chi_square, joint_counts
+from tiny_models import Schedule, ragged_prompts, spoil, tiny_model
 from torch import Tensor
+from transformers import GenerationConfig
+from triton_cases import ON_GPU
 
+from trl_selfspec import SelfSpecEngine, SelfSpecOptions
 from trl_selfspec.kernels import draws
 from trl_selfspec.kernels.cuda import rejection as triton_rejection
 from trl_selfspec.kernels.cuda import sampling as triton_sampling
@@ -215,6 +218,29 @@ def test_verification_runs_on_the_kernels(kind: str, monkeypatch: pytest.MonkeyP
 
     for actual, expected in zip(run(True), run(False), strict=True):
         torch.testing.assert_close(actual, expected, rtol=LOGPROB, atol=LOGPROB)
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_coupled_rounds_on_the_kernels_give_plain_tokens(do_sample: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coupled drafts, the target's draws and plain rounds must all find the same word best."""
+    monkeypatch.setattr(draws, "runs_triton", lambda device: True)
+    model = tiny_model("qwen3").to(DEVICE)
+    launched = []
+    best = triton_sampling.best
+    monkeypatch.setattr(triton_sampling, "best", lambda *args: launched.append(args) or best(*args))
+
+    def generate(*draft_lengths: int) -> tuple[list[list[int]], list[float]]:
+        engine = SelfSpecEngine(model, SelfSpecOptions(draft_qtype="qint8", verification="coupled"))
+        engine.controller = Schedule(*draft_lengths)  # type: ignore[assignment]
+        spoil(engine, noise=0.1)
+        config = GenerationConfig(max_new_tokens=8, do_sample=do_sample, top_k=20, eos_token_id=20)
+        output = engine.generate(ragged_prompts([2, 5, 3]), config, seed=4)
+        assert not draft_lengths[0] or 0 < output.stats.num_accepted_tokens < output.stats.num_draft_tokens
+        return output.completion_ids, [value for row in output.logprobs for value in row]
+
+    (speculative, logprobs), (plain, expected) = generate(3, 0), generate(0)
+    assert speculative == plain and launched
+    assert logprobs == pytest.approx(expected, abs=1e-4)
 
 
 class Launches:

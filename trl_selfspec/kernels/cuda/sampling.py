@@ -5,9 +5,9 @@ chunk's maximum and sum of exponentials; one program per row then joins them. Nu
 `trl_selfspec.sampling`, hashed where they are used.
 
 Exactness: weights and sums of a chunk are fp32, what joins chunks and searches among words is float64, and a chunk's
-words share exactly the mass that the chunk has. So a word is drawn with its probability up to a *relative* error of
-about 2^-24 per unit of its distance from the row's maximum, at least 2^-22, however rare it is, and within 2^-52 for
-the resolution of `u`. Words whose weight underflows, 87 below the maximum, are not drawn; words of mass 0 never.
+words share exactly the mass that the chunk has. So a word, however rare, is drawn with its probability up to a
+*relative* error of a few 2^-22 (exponentials, sums) and 2^-24 per unit of its distance from the row's maximum, and up
+to 2^-52 for the resolution of `u`. Words 87 below the maximum underflow and are not drawn; words of mass 0 never.
 
 This module imports triton; import it only inside functions.
 """
