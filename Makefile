@@ -19,11 +19,13 @@ help:
 	@echo "make bench-gpu all goals for one NVIDIA GPU, well under an hour; GOALS_ARGS='--only 7b-steps' for a part"
 	@echo "make env       only build the environment ($(VENV))"
 
-# torch comes first and alone, so that the constraint decides which build of it is taken.
+# torch comes first and alone, so that the constraint decides which build of it is taken. A build for CPUs brings no
+# Triton: with it, the tests of the GPU kernels run in its interpreter, and through its compiler.
 $(VENV)/.test-stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) -e '.[test]'
+	$(BIN)/python -c 'import torch; raise SystemExit(torch.version.cuda is None)' || $(PIP) triton==3.6.0
 	touch $@
 
 $(VENV)/.dev-stamp: $(VENV)/.test-stamp
