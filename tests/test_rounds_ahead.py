@@ -11,11 +11,13 @@ from transformers import GenerationConfig, PreTrainedModel
 from trl_selfspec import SelfSpecEngine, SelfSpecOptions, engine
 from trl_selfspec.engine import RolloutOutput
 from trl_selfspec.rollout import Rollout
-from trl_selfspec.rounds import RowState
+from trl_selfspec.rounds import RoundRunner, RowState
 
 
 GREEDY = {"do_sample": False, "eos_token_id": [7, 9, 30, 31, 32]}
 SAMPLING = {"do_sample": True, "temperature": 1.2, "eos_token_id": [7, 9, 30, 31, 32]}
+COUNTERS = ["completion_tokens", "plain_row_rounds", "prompt_tokens", "num_rows"]
+COUNTERS += ["drafted_per_position", "examined_per_position", "accepted_per_position"]
 PROMPTS = [*ragged_prompts([5, 9, 3, 14]), *ragged_prompts([5, 5]) * 2]  # a group of three too
 
 
@@ -71,7 +73,7 @@ def test_rounds_ahead_change_no_token(
     law: dict[str, Any],
     max_batch_size: int | None,
 ):
-    """Rows end, move, and are taken over while a round is in flight that still counts with them."""
+    """Rows end, move, and are taken over while a round is in flight; what it brings ended rows must not be counted."""
     force_page_size(monkeypatch, page_size)
     options = {"law": law, "schedule": schedule, "max_batch_size": max_batch_size}
     read_at_once = outputs(model, monkeypatch, 0, **options)
@@ -79,9 +81,8 @@ def test_rounds_ahead_change_no_token(
         late = outputs(model, monkeypatch, ahead, **options)
         assert same(late, read_at_once)
         for a, b in zip(late, read_at_once, strict=True):
-            assert a.stats.completion_tokens == b.stats.completion_tokens
-            assert a.stats.accepted_per_position == b.stats.accepted_per_position
-            assert a.stats.examined_per_position == b.stats.examined_per_position
+            for counter in COUNTERS:
+                assert getattr(a.stats, counter) == getattr(b.stats, counter), counter
 
 
 def moves_that_forget_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,3 +123,32 @@ def test_a_policy_that_fails_is_told_with_rounds_in_flight(monkeypatch: pytest.M
     made.refresh()
     with pytest.raises(ValueError, match="logits are not finite"):
         made.generate(PROMPTS, GenerationConfig(max_new_tokens=8, do_sample=True, pad_token_id=0), seed=0)
+
+
+def test_a_rollout_that_was_interrupted_leaves_nothing_behind(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch):
+    """Drafts that were never verified would shift those of the next rollout, behind the end of what holds them."""
+    force_page_size(monkeypatch, 4)  # the state of rows outlives a failed rollout with the table of its pages
+    config = GenerationConfig(max_new_tokens=14, pad_token_id=0, **SAMPLING)
+    expected = make_engine(model, (3,)).generate(PROMPTS, config, seed=0)
+    interrupted = make_engine(model, (3,))
+    with monkeypatch.context() as patch:
+        patch.setattr(RoundRunner, "_verify", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            interrupted.generate(PROMPTS, config, seed=0)
+    assert interrupted._state is not None and interrupted._state.num_drafted == 3
+    assert same([interrupted.generate(PROMPTS, config, seed=0)], [expected])
+
+
+def interrupt(*args: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_building_the_drafter_is_no_price_of_quantizing(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch):
+    """Kernels compile once; a gate that took this for the price of every rollout would never draft again."""
+    made, prices = SelfSpecEngine(model, SelfSpecOptions(num_speculative_tokens=2)), []
+    made.controller = Schedule(2)  # type: ignore[assignment]
+    made.controller.observe_requantize = prices.append  # type: ignore[method-assign]
+    for _ in range(3):
+        made.generate(PROMPTS, GenerationConfig(max_new_tokens=6, pad_token_id=0), seed=0)
+        made.refresh()
+    assert len(prices) == 2, "of three rollouts, the first built the drafter"

@@ -74,13 +74,13 @@ def _torch_int8(layer: "QuantizedLinear", x: Tensor) -> Tensor:
 
 
 def _triton_int4(layer: "QuantizedLinear", x: Tensor) -> Tensor:
-    rows = x.reshape(-1, layer.in_features)
+    rows = x.reshape(-1, layer.in_features).contiguous()
     y = quantized.linear_int4_on_gpu(rows, layer.packed, layer.scale_shift, layer.bias, layer.triton_counters)
     return y.view(*x.shape[:-1], layer.out_features)
 
 
 def _triton_8bit(layer: "QuantizedLinear", x: Tensor) -> Tensor:
-    rows = x.reshape(-1, layer.in_features)
+    rows = x.reshape(-1, layer.in_features).contiguous()
     y = quantized.linear_8bit_on_gpu(rows, layer.codes, layer.scale, layer.bias, layer.triton_counters)
     return y.view(*x.shape[:-1], layer.out_features)
 

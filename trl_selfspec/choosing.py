@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trl_selfspec.kernels import quantized
 from trl_selfspec.kernels.files import cache_directory
+from trl_selfspec.kernels.gpu import errors
 
 
 if TYPE_CHECKING:
@@ -61,7 +61,9 @@ def measured(
     key = _key(layer, backends)
     if key not in _known:
         with torch.cuda.device_of(getattr(layer, layer.storage_names[0])):
-            _known[key] = _read().get(key) or _measured_anew(layer, backends, timer or _cold_seconds, key)
+            devices = [layer.device] if layer.device.type == "cuda" else []
+            with torch.random.fork_rng(devices):  # or a run would draw other samples the first time
+                _known[key] = _read().get(key) or _measured_anew(layer, backends, timer or _cold_seconds, key)
     by_name = {backend.name: backend for backend in backends}
     return {bucket: by_name[name] for bucket, name in _known[key].items()}
 
@@ -83,7 +85,7 @@ def _measured_anew(layer: "QuantizedLinear", backends: "Sequence[Backend]", time
                     _try(layer, backend, x)
                     cost = timer(functools.partial(backend.linear, layer, x))
                     seconds[bucket][backend.name] = cost / (WORTH_A_COPY if backend.holds_weights else 1)
-        except quantized.errors() as error:
+        except errors() as error:
             dropped = True
             for costs in seconds.values():
                 costs.pop(backend.name, None)

@@ -40,17 +40,19 @@ class LiveLoraLinear(QuantizedLinear):
     def kernel(self) -> None:
         """None: it does not know of adapters."""
 
-    def follow(self, factors: tuple[Tensor, Tensor] | None) -> None:
-        """Takes over adapters, in place unless their rank changed; `None` removes them."""
+    def follow(self, factors: tuple[Tensor, Tensor] | None) -> bool:
+        """Takes over adapters, in place unless their rank changed; `None` removes them. Whether a tensor is gone."""
         if factors is None:
+            gone = self.down is not None
             self.down = self.up = None
-            return
-        for name, factor in zip(("down", "up"), factors, strict=True):
-            held = getattr(self, name)
-            if held is not None and held.shape == factor.shape:
-                held.copy_(factor)
-            else:
-                setattr(self, name, factor.detach().to(self.dtype, copy=True).contiguous())
+            return gone
+        if self.down is not None and self.up is not None and self.down.shape == factors[0].shape:
+            self.down.copy_(factors[0])
+            self.up.copy_(factors[1])
+            return False
+        gone = self.down is not None
+        self.down, self.up = (factor.detach().to(self.dtype, copy=True).contiguous() for factor in factors)
+        return gone
 
     @property
     def nbytes(self) -> int:
@@ -148,12 +150,17 @@ def quantized_layers(drafter: nn.Module) -> Iterator[tuple[str, QuantizedLinear 
 
 
 @torch.no_grad()
-def requantize(drafter: nn.Module, mirror: Mirror) -> None:
-    """Quantizes the current weights into the drafter, in place, layer by layer; skips frozen ones that stayed."""
+def requantize(drafter: nn.Module, mirror: Mirror) -> bool:
+    """Quantizes the current weights into the drafter, in place, layer by layer; skips frozen ones that stayed.
+
+    Returns whether a layer computes with other tensors than before: adapters changed their rank, came or went.
+    """
+    moved = False
     for name, module in quantized_layers(drafter):
         source, factors = find_module(mirror.base, name), None
         if isinstance(module, LiveLoraLinear):
-            module.follow(factors := lora_factors(source))
+            had = module.down is not None
+            moved |= module.follow(factors := lora_factors(source)) or had != (factors is not None)
         live, quantized = factors is not None, inner_module(source) if factors is not None else source
         state = frozen_state(quantized)
         if state is None or (live, state) != getattr(module, "quantized_state", None):
@@ -162,6 +169,7 @@ def requantize(drafter: nn.Module, mirror: Mirror) -> None:
             if isinstance(module, QuantizedRows):
                 module.copy_bias_(layer.bias)  # type: ignore[arg-type]
         module.quantized_state = (live, state)  # type: ignore[assignment]
+    return moved
 
 
 def has_live_adapters(drafter: nn.Module) -> bool:

@@ -15,7 +15,6 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec.attention import bind_cache
-from trl_selfspec.cache import PagedCache
 from trl_selfspec.controller import Controller
 from trl_selfspec.drafter import drafter_bytes, has_live_adapters, make_drafter, requantize
 from trl_selfspec.forms import measured_choice
@@ -102,7 +101,8 @@ class SelfSpecEngine:
         )
         self._form = measured_choice(self._mirror, self.draft_qtype, by_cost=not self.controller.counts_alone)
         self._drafter: torch.nn.Module | None = None
-        self._drafter_version, self._wanted_version = 0, self._mirror.version
+        self._drafter_version: int | None = None
+        self._wanted_version = self._mirror.version
         self._refresh_s = 0.0
         kv_dtype = self.autocast_dtype  # None: the dtype of the keys themselves
         self._memory = KVMemory(self._mirror.num_layers, self._text_config, self._dtype, kv_dtype, self.options)
@@ -130,14 +130,15 @@ class SelfSpecEngine:
                 follow the new weights exactly, only fewer drafts are accepted. Quantizing itself waits for the first
                 draft, so that a rollout that never speculates never pays for it.
         """
-        start = time.perf_counter()
-        if self._mirror.refresh():
-            self._graphs.clear()
+        start = self._seconds()
+        with torch.cuda.device_of(self._seed):
+            if self._mirror.refresh():
+                self._graphs.clear()
         if self._kept is not None:
             self._kept.forget()
         if draft:
             self._wanted_version = self._mirror.version
-        self._refresh_s += time.perf_counter() - start
+        self._refresh_s += self._seconds() - start
 
     @torch.no_grad()
     def generate(
@@ -181,7 +182,7 @@ class SelfSpecEngine:
         if self._kept is not None and not keep:
             self._kept.forget()
         rollout = self._rollout(requests, law, seed, on_round, keep)
-        with self._forward_context(), contextlib.ExitStack() as on_error:
+        with torch.cuda.device_of(self._seed), self._forward_context(), contextlib.ExitStack() as on_error:
             on_error.callback(self.release)  # a failed rollout may leave NaN, which spreads through masked keys too
             rollout.run()
             on_error.pop_all()
@@ -257,7 +258,7 @@ class SelfSpecEngine:
         # Rows may be fewer than requests: those with a history go first, before the others need its place.
         requests.sort(key=lambda request: -kept.longest_prefix(request.prompt)[1])
         assert self._state is not None
-        self._state.park(0)
+        self._state.reset()
         cache.park(0)
         self._seed.fill_(seed)
         self._graphs.begin_rollout(law, self._state.max_rows, cache.row_capacity)
@@ -275,20 +276,28 @@ class SelfSpecEngine:
             prefill_kwargs=self._prefill_kwargs(),
         )
 
-        def prepare_drafter() -> float:
-            start = time.perf_counter()
-            if runner.drafter is None:
-                runner.drafter = self._current_drafter(cache)
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)  # once per rollout, to know what quantizing takes
-            seconds = time.perf_counter() - start
+        def prepare_drafter() -> tuple[float, bool]:
+            before = self._drafter
+            start = self._seconds()
+            runner.drafter = self._drafter_of_due_form()
+            self._refresh_s += self._seconds() - start
+            start = self._seconds()
+            self._requantize()
+            bind_cache(runner.drafter, cache)
+            seconds = self._seconds() - start
             self._refresh_s += seconds
-            return seconds
+            return seconds, runner.drafter is before
 
         current = self._drafter_version == self._wanted_version
         ahead = ROUNDS_AHEAD.get(self.device.type, 0)
         scheduler = Scheduler(requests, min(cache.max_rows, len(requests)))
         return Rollout(runner, scheduler, kept, self.controller, prepare_drafter, current, keep, on_round, ahead)
+
+    def _seconds(self) -> float:
+        """The host's clock, once the device has done what it was asked for."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def _verification(self, seed: torch.Tensor) -> Verification:
         return VERIFICATIONS[self.options.verification](seed, self.options.longest_draft)
@@ -303,19 +312,26 @@ class SelfSpecEngine:
             return GraphPool()
         return GraphPool(CudaCapture(self.device), required=choice is True) if choice else GraphPool()
 
-    def _current_drafter(self, cache: PagedCache) -> torch.nn.Module:
-        """The drafter, quantized from the weights that `refresh` asked for."""
+    def _drafter_of_due_form(self) -> torch.nn.Module:
+        """The drafter, made anew if a refresh is due that should have LoRA adapters in its other form."""
         if self._drafter is None or self._drafter_version != self._wanted_version:
             live = self._form.live(current=self.draft_form == "live")
             if self.draft_form != ("live" if live else "merged"):
-                self._drafter = None  # freed before another takes its place
-                self._graphs.clear()
+                if self._drafter is not None:  # freed before another takes its place
+                    self._drafter = None
+                    self._graphs.clear()
                 self._drafter = make_drafter(self._mirror, self.draft_qtype, self.options.quantize_lm_head, live)
-            assert self._drafter is not None
-            requantize(self._drafter, self._mirror)
-            self._drafter_version = self._wanted_version
-        bind_cache(self._drafter, cache)
+                self._drafter_version = None
+        assert self._drafter is not None
         return self._drafter
+
+    def _requantize(self) -> None:
+        """Quantizes the weights that `refresh` asked for into the drafter, unless it has them."""
+        assert self._drafter is not None
+        if self._drafter_version != self._wanted_version:
+            if requantize(self._drafter, self._mirror):
+                self._graphs.clear()
+            self._drafter_version = self._wanted_version
 
     def _prefill_kwargs(self) -> dict[str, int]:
         accepted = inspect.signature(self._mirror.model.forward).parameters

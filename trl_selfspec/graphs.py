@@ -5,8 +5,9 @@ over optimizer steps and rollouts, as long as the tensors it reads stay where th
 of rows and slots; the rows beyond the active ones are parked. All share one memory pool.
 """
 
+import contextlib
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,7 +79,8 @@ class GraphPool:
         if self._law is not None:
             self._graphs[self._law] = self._graphs.pop(self._law, {})  # the last one is the latest
             if len(self._graphs) > MAX_LAWS:
-                del self._graphs[next(iter(self._graphs))]
+                self.clear()
+                self._graphs = {self._law: {}}
 
     def begin_round(self) -> None:
         self.typical = True
@@ -115,7 +117,7 @@ class GraphPool:
         for graphs in self._graphs.values():
             graphs.clear()
         if isinstance(self._capture, CudaCapture):
-            self._capture = CudaCapture(self._capture.device)  # the pool goes with its last graph
+            self._capture.renew()
 
     @property
     def nbytes(self) -> int:
@@ -137,7 +139,10 @@ class GraphPool:
 
 
 class CudaCapture:
-    """Captures functions of one device as CUDA graphs that share a memory pool.
+    """Captures functions of one device as CUDA graphs that share a memory pool and a stream of their own.
+
+    torch's own `torch.cuda.graph` shares its stream with everybody's graphs, whose end takes cuBLAS workspaces along
+    that ours still use; it empties torch's cache for every capture; and one that fails leaves its stream current.
 
     Attributes:
         nbytes: of the pool, as far as captures made it grow.
@@ -145,18 +150,47 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.nbytes = device, 0
-        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+        self._pool: Any = None
+
+    def renew(self) -> None:
+        """A pool for other graphs, all former ones being gone: theirs can't be captured into again."""
+        self._pool, self.nbytes = None, 0
 
     def __call__(self, function: Callable[[], Tensor]) -> Replay:
-        with torch.cuda.device(self.device):
-            graph, before = torch.cuda.CUDAGraph(), torch.cuda.memory_reserved()
+        graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+                for dtype in (torch.float32, torch.bfloat16):  # cuBLAS' workspace of this stream, outside of the pool
+                    square = torch.ones(16, 16, dtype=dtype, device=self.device)
+                    square.mm(square)
             # Other threads (a data loader that pins memory) may use CUDA meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            before = torch.cuda.memory_reserved(self.device)
+            try:
                 result = function()
-            self.nbytes += max(0, torch.cuda.memory_reserved() - before)
+            except BaseException:
+                self._abandon(graph)
+                raise
+            self.nbytes += torch.cuda.memory_reserved(self.device) - before
+            graph.capture_end()
+        current.wait_stream(self._stream)
 
         def replay() -> Tensor:
             graph.replay()
             return result
 
         return replay
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Ends a capture that failed. torch 2.11 leaves the allocator capturing then, which breaks `empty_cache`."""
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            with contextlib.suppress(RuntimeError, AttributeError):  # newer releases have done it
+                torch._C._cuda_endAllocateToPool(self.device.index or 0, self._pool)
+                torch._C._cuda_releasePool(self.device.index or 0, self._pool)
+        self.renew()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trl_selfspec.cache import PagedCache
 from trl_selfspec.kernels import DecoderLayer, DecoderParts, FastRMSNorm, prepare_decoder_layer
+from trl_selfspec.kernels.gpu import errors
 
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
@@ -152,7 +153,7 @@ def _computes_the_same(module: nn.Module, layer: DecoderLayer) -> bool:
             parameter.data = torch.empty_like(parameter).uniform_(-2 * spread, 2 * spread, generator=generator)
         expected, actual = _decode(fast, fast.modules_own), _decode(fast, fast)
         rounded = actual if layer.twin is None else _decode(fast, FastForward(module, layer, layer.twin))
-    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError):
+    except errors():
         return False
     finally:
         fast.attention.paged_cache = bound  # type: ignore[assignment]

@@ -58,7 +58,7 @@ class Rollout:
     scheduler: Scheduler
     kept: KeptRows  # of the runner's cache
     controller: Controller
-    prepare_drafter: Callable[[], float]  # makes the drafter current; returns the seconds it took
+    prepare_drafter: Callable[[], tuple[float, bool]]  # makes it current; seconds, and whether later ones take as many
     drafter_is_current: bool = False
     keep: bool = False  # finished rows, for later rollouts
     on_round: Callable[[Progress], None] | None = None
@@ -72,6 +72,7 @@ class Rollout:
         self.policy_logprobs: list[list[float]] = [[] for _ in range(num_rows)]
         self._in_flight: deque[Launched] = deque()
         self._prefills: list[Clock] = []
+        self._drawn: list[tuple] = []  # row id, tokens, log-probabilities twice: on the device
 
     def run(self) -> None:
         start = time.perf_counter()
@@ -84,6 +85,7 @@ class Rollout:
                 if self.on_round is not None:
                     self._report(gamma, time.perf_counter() - start)
         assert not self.scheduler.waiting, "every request fits into an empty cache"
+        self._collect()
         self.stats.prefill_s += sum(clock.laps()[0] for clock in self._prefills)
         self.stats.rollout_s += time.perf_counter() - start
 
@@ -116,31 +118,35 @@ class Rollout:
         return launched.gamma
 
     def _draft_with_current_weights(self) -> None:
-        requantize_s = self.prepare_drafter()
-        self.controller.observe_requantize(requantize_s)
+        if self.stats.toggle_count:
+            return
+        requantize_s, typical = self.prepare_drafter()
+        if typical:
+            self.controller.observe_requantize(requantize_s)
         self.stats.requantize_s += requantize_s
         self.stats.rollout_s -= requantize_s  # counted as refresh_s
-        if self.stats.toggle_count == 0:
-            self.stats.toggle_active_sequences_sum += self.scheduler.num_unfinished
-            self.stats.toggle_count += 1
+        self.stats.toggle_active_sequences_sum += self.scheduler.num_unfinished
+        self.stats.toggle_count += 1
 
     def _count(self, launched: PendingRound, result: RoundResult, live: list[int]) -> None:
         """Tells statistics and controller what a round took, and what it brought the rows `live` of it."""
         *draft, target_s = launched.laps()
-        num_rows, gamma = launched.num_rows, launched.gamma
+        num_rows, gamma, draft_s = launched.num_rows, launched.gamma, sum(draft)
+        if not live:  # all had ended when it began: what reading late costs
+            self.stats.add_idle_round(draft_s + target_s)
+            return
         if not gamma:
             if launched.typical:
                 self.controller.observe_plain(num_rows, target_s)
-            self.stats.add_plain_round(num_rows, target_s)
+            self.stats.add_plain_round(len(live), target_s)
             return
-        draft_s = sum(draft)
         accepted = [sum(result.accepted[row] > i for row in live) for i in range(gamma)]
         examined = [len(live), *accepted[:-1]]
         if launched.typical:
             self.controller.observe_speculative(num_rows, gamma, draft_s, target_s, accepted, examined)
         plain_s = self.controller.plain_seconds(num_rows)
-        committed = sum(result.emitted)
-        self.stats.add_speculative_round(num_rows, gamma, committed, draft_s, target_s, accepted, examined, plain_s)
+        committed = sum(result.emitted[row] for row in live)
+        self.stats.add_speculative_round(len(live), gamma, committed, draft_s, target_s, accepted, examined, plain_s)
         if result.draft_nan:
             self.stats.draft_nan_rounds += 1
             self.controller.disable("the drafter's logits are not finite")
@@ -181,7 +187,8 @@ class Rollout:
         """Stores finished rows and compacts: from the last row down, so that a row that moves is not one of them."""
         scheduler, cache = self.scheduler, self.runner.cache
         for row in finished:
-            tokens = self._store(row)
+            request = scheduler.active[row]
+            self._store(row)
             if (sibling := scheduler.waiting_sibling(row)) is not None:  # its prompt's keys are in place
                 scheduler.replace(row, sibling)
                 self._place(row, sibling)
@@ -190,14 +197,15 @@ class Rollout:
             num_keys = scheduler.lengths[row] - 1 if self.keep else 0
             last = scheduler.retire(row)
             self._vacate(row, last, num_keys)
-            self.kept.keep(last, tokens[:num_keys])
+            self.kept.keep(last, self._tokens(request)[:num_keys] if num_keys else ())
         if finished:
             self._park()
 
     def _pause(self, row: int) -> None:
         """Gives a row's pages back; later it goes on from its tokens so far, and draws what it would have drawn."""
-        tokens, request = self._take_down(row), self.scheduler.active[row]
-        last = self.scheduler.pause(row, tokens[len(request.prompt) :])
+        request = self.scheduler.active[row]
+        self._set_aside(row)
+        last = self.scheduler.pause(row, self._tokens(request)[len(request.prompt) :])
         self._vacate(row, last, num_keys=0)
         self._park()
         self.stats.paused_rows += 1
@@ -215,20 +223,32 @@ class Rollout:
         self.runner.cache.park(self.scheduler.num_active)
         self.runner.state.park(self.scheduler.num_active)
 
-    def _store(self, row: int) -> tuple[int, ...]:
-        """Takes down a finished row's results; returns all its tokens."""
+    def _store(self, row: int) -> None:
+        """Keeps a finished row's results."""
         self.stats.num_rows += 1
         self.stats.prompt_tokens += len(self.scheduler.active[row].prompt)
-        return self._take_down(row)
+        self._set_aside(row)
 
-    def _take_down(self, row: int) -> tuple[int, ...]:
-        """Adds what a row has drawn since it was admitted to its results; returns all its tokens."""
+    def _set_aside(self, row: int) -> None:
+        """Copies what a row has drawn since it was admitted; reading it now would wait for the rounds in flight."""
         request, end = self.scheduler.active[row], self.scheduler.lengths[row]
         new, state = slice(len(request.tokens), end), self.runner.state
-        self.completions[request.row_id] += state.tokens[row, new].tolist()
-        self.logprobs[request.row_id] += state.logprobs[row, new].tolist()
-        self.policy_logprobs[request.row_id] += state.policy_logprobs[row, new].tolist()
+        drawn = state.tokens[row, new], state.logprobs[row, new], state.policy_logprobs[row, new]
+        self._drawn.append((request.row_id, *(values.clone() for values in drawn)))
         self.stats.completion_tokens += end - len(request.tokens)
+
+    def _collect(self) -> None:
+        """Reads what was set aside."""
+        for row_id, *drawn in self._drawn:
+            tokens, logprobs, policy_logprobs = (values.tolist() for values in drawn)
+            self.completions[row_id] += tokens
+            self.logprobs[row_id] += logprobs
+            self.policy_logprobs[row_id] += policy_logprobs
+        self._drawn.clear()
+
+    def _tokens(self, request: Request) -> tuple[int, ...]:
+        """All tokens of a row that was set aside."""
+        self._collect()
         return (*request.prompt, *self.completions[request.row_id])
 
     def _admit(self) -> None:

@@ -62,6 +62,12 @@ class RowState:
             if tensor.dim():
                 tensor[target] = tensor[source]
 
+    def reset(self) -> None:
+        """Holds no row, and nothing that a rollout which failed left behind."""
+        self.park(0)
+        self.num_drafted.zero_()
+        self.draft_nan.zero_()
+
     def park(self, first: int) -> None:
         """Takes rows from `first` on out of the rounds."""
         self.lengths[first:] = self.prompt_lengths[first:] = self.limits[first:] = 1
@@ -212,7 +218,8 @@ class RoundRunner:
         num_rows, width = tokens.shape
         lengths, limits = state.lengths[:num_rows], state.limits[:num_rows]
         offsets = torch.arange(width, device=tokens.device)
-        stops = torch.isin(tokens, self._eos) & (offsets <= num_accepted[:, None])
+        is_eos = (tokens[..., None] == self._eos).any(-1)  # `isin` waits for the device where there are many
+        stops = is_eos & (offsets <= num_accepted[:, None])
         stopped = stops.any(1)
         emitted = torch.where(stopped, stops.int().argmax(1), num_accepted) + 1
         emitted = torch.minimum(emitted, limits - lengths)

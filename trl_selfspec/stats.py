@@ -64,6 +64,11 @@ class RolloutStats:
         self.plain_s += seconds
         self.plain_equivalent_s += seconds
 
+    def add_idle_round(self, seconds: float) -> None:
+        """One that was launched before the host knew that all its rows had ended."""
+        self.plain_s += seconds
+        self.plain_equivalent_s += seconds
+
     def add_speculative_round(
         self,
         rows: int,

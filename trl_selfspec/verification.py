@@ -11,6 +11,9 @@ from trl_selfspec.kernels import draws
 from trl_selfspec.kernels.draws import Draw, Memory, Outcome, Proposal
 
 
+FEWEST_ROWS = 16  # that what drafts leave has room for
+
+
 class Verification(Protocol):
     """How tokens are drawn and drafts judged. Draws depend on (seed, row, position) alone.
 
@@ -56,7 +59,10 @@ class RejectionVerification:
         num_rows = len(scores)
         if num_rows not in self._memory:
             larger = next((memory for rows, memory in self._memory.items() if rows > num_rows), None)
-            memory = Memory.like(scores, self.longest_draft) if larger is None else larger.of_first(num_rows)
+            if larger is None:  # room for more: batches grow towards a rollout's middle as the gate learns
+                size = max(FEWEST_ROWS, 1 << (num_rows - 1).bit_length())
+                larger = Memory.like(scores, self.longest_draft, size)
+            memory = larger.of_first(num_rows)
             self._memory[num_rows] = memory
         return self._memory[num_rows]
 

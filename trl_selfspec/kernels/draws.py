@@ -44,9 +44,10 @@ class Memory(NamedTuple):
         cls,
         scores: Tensor,  # (B, V)
         longest: int,
+        num_rows: int | None = None,  # None: B
     ) -> "Memory":
-        num_rows, vocab_size = scores.shape
-        laws = scores.new_empty((num_rows, longest, vocab_size))
+        num_rows = num_rows or len(scores)
+        laws = scores.new_empty((num_rows, longest, scores.shape[1]))
         summaries = scores.new_empty((num_rows, longest, 3), dtype=torch.float32)
         purposes = torch.tensor([Purpose.ACCEPT, Purpose.RECOVER, Purpose.TOKEN], device=scores.device)
         return cls(laws, summaries, purposes)

@@ -1,7 +1,5 @@
 """Quantized linear layers on CUDA, and quantizing for them; triton is imported when one first runs."""
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
@@ -64,13 +62,3 @@ def quantize_8bit_on_gpu(
     from trl_selfspec.kernels.cuda import quantize
 
     quantize.quantize_8bit(weight, codes, scale)
-
-
-def errors() -> tuple[type[Exception], ...]:
-    """What a kernel raises where it cannot be compiled or launched, a third party's among them."""
-    raised = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ImportError, OSError)
-    if find_spec("triton") is None:
-        return raised
-    from triton.errors import TritonError
-
-    return (*raised, TritonError)

@@ -1,6 +1,6 @@
 """Decode attention over the pages of the cache, in Triton. Its eager twin is SDPA over gathered pages.
 
-The slots of a row are cut into splits of `SPLIT`, at the same places in every row and batch. A program takes one split
+The slots of a row are cut into splits, at the same places in every row and batch. A program takes one split
 of one key head and the queries of that head's group, all their steps, as one tile: keys and values are read once, in
 place, and only the slots that some query of the tile sees. `_combine` joins the splits of each query, whose number
 follows from its position. So no result depends on the other rows, and nothing waits for the GPU.
@@ -19,6 +19,7 @@ from torch import Tensor
 
 
 SPLIT = 256  # slots per program: enough programs for a few rows, while partial sums stay small against keys and values
+WIDE_TILE = 64  # queries whose partial sums would be half as large as 256 slots' keys and values: twice the slots
 COMBINED = 16  # splits joined at a time
 NO_WINDOW = 2**31 - 1
 LOG2E = tl.constexpr(math.log2(math.e))  # exp2 is what the hardware has
@@ -186,6 +187,11 @@ def tiling(num_queries: int, dim: int, value_dim: int, itemsize: int) -> tuple[i
     return tile, block, dims, value_dims
 
 
+def split_of(tile: int) -> int:
+    """Slots per program, by the tile alone: a row's result must not depend on how many rows there are."""
+    return SPLIT if tile < WIDE_TILE else 2 * SPLIT
+
+
 def num_warps(tile: int, value_dims: int) -> int:
     return 8 if tile * value_dims > 8192 else 4
 
@@ -215,7 +221,8 @@ def attend(
     assert num_heads % num_kv_heads == 0 and 0 < num_slots <= table.shape[1] * page_size and table.stride(1) == 1
     assert keys.is_contiguous() and values.is_contiguous() and query.dtype is keys.dtype is values.dtype
     tile, block, dims, value_dims = tiling(groups * num_steps, dim, value_dim, keys.itemsize)
-    num_splits = triton.cdiv(num_slots, SPLIT)
+    split = split_of(tile)
+    num_splits = triton.cdiv(num_slots, split)
     window = NO_WINDOW if window is None else window
     grid = num_rows, num_kv_heads * triton.cdiv(groups * num_steps, tile), num_splits
     places = num_rows, num_heads, num_steps, num_splits
@@ -228,10 +235,10 @@ def attend(
             query, addresses, table, positions, sums, statistics, *query.stride()[:3], table.stride(0),
             num_steps, groups, num_slots, window, scale, cap,
             num_kv_heads, dim, value_dim, page_size, softcap is not None, tile, block, dims, value_dims,
-            SPLIT, num_warps=num_warps(tile, value_dims),
+            split, num_warps=num_warps(tile, value_dims),
         )  # fmt: skip
         _combine[(num_rows * num_steps, num_heads)](  # pyright: ignore[reportIndexIssue]
             sums, statistics, positions, sums if sinks is None else sinks, out, num_steps, num_slots, window,
-            sinks is not None, value_dim, value_dims, SPLIT, COMBINED,
+            sinks is not None, value_dim, value_dims, split, COMBINED,
         )  # fmt: skip
     return out
