@@ -26,9 +26,9 @@ def requantized(monkeypatch: pytest.MonkeyPatch) -> list[QuantizedLinear]:
     layers: list[QuantizedLinear] = []
     original = QuantizedLinear.requantize_
 
-    def recorded(layer: QuantizedLinear, weight: Tensor, first_row: int = 0) -> None:
+    def recorded(layer: QuantizedLinear, weight: Tensor, first_row: int = 0, derive: bool = True) -> None:
         layers.append(layer)
-        original(layer, weight, first_row)
+        original(layer, weight, first_row, derive)
 
     monkeypatch.setattr(QuantizedLinear, "requantize_", recorded)
     return layers

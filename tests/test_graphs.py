@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from trl_selfspec import SelfSpecEngine, SelfSpecOptions
 from trl_selfspec.cache import TRASH_PAGE, PagedCache
 from trl_selfspec.engine import RolloutOutput
-from trl_selfspec.graphs import CaptureError, GraphPool, Program
+from trl_selfspec.graphs import MAX_LAWS, CaptureError, GraphPool, Program
 from trl_selfspec.kernels.cpu import build
 
 
@@ -165,6 +165,17 @@ def test_laws_have_graphs_of_their_own_and_equal_ones_share(model: PreTrainedMod
         assert same(generate(captured, law), generate(eager, law))
         counts.append(len(captured._graphs))
     assert 0 < counts[1] < counts[3] == counts[4] == counts[5]
+
+
+def test_many_laws_do_not_pile_up(model: PreTrainedModel):
+    """A sweep over temperatures would end with no memory left; what goes has to go all at once, with its pool."""
+    captured = make_engine(model, record)
+    counts = []
+    for i in range(MAX_LAWS + 1):
+        for _ in range(2):
+            generate(captured, SAMPLING | {"temperature": 0.5 + 0.1 * i}, prompts=PROMPTS[:2])
+        counts.append(len(captured._graphs))
+    assert counts[:-1] == sorted(counts[:-1]) and 0 < counts[-1] < counts[-2] / 2, "the fifth law begins anew"
 
 
 HOST_LAWS = [{"no_repeat_ngram_size": 3}, {"top_h": 0.5}]

@@ -74,8 +74,12 @@ class QuantizedRows(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.whole(x)[..., self.rows]
 
-    def requantize_(self, weight: Tensor) -> None:  # (out_features, in_features)
-        self.whole.requantize_(weight, self.first_row)
+    def requantize_(
+        self,
+        weight: Tensor,  # (out_features, in_features)
+        derive: bool = True,
+    ) -> None:
+        self.whole.requantize_(weight, self.first_row, derive)
 
     @torch.no_grad()
     def copy_bias_(self, bias: Tensor | None) -> None:
@@ -155,7 +159,7 @@ def requantize(drafter: nn.Module, mirror: Mirror) -> bool:
 
     Returns whether a layer computes with other tensors than before: adapters changed their rank, came or went.
     """
-    moved = False
+    moved, changed = False, dict[QuantizedLinear, None]()
     for name, module in quantized_layers(drafter):
         source, factors = find_module(mirror.base, name), None
         if isinstance(module, LiveLoraLinear):
@@ -165,10 +169,14 @@ def requantize(drafter: nn.Module, mirror: Mirror) -> bool:
         state = frozen_state(quantized)
         if state is None or (live, state) != getattr(module, "quantized_state", None):
             layer = mirror.model.get_submodule(name)
-            module.requantize_(effective_tensor(quantized, "weight") if live else layer.weight)  # type: ignore[arg-type]
+            weight = effective_tensor(quantized, "weight") if live else layer.weight
+            module.requantize_(weight, derive=False)  # type: ignore[arg-type]
+            changed[module.whole if isinstance(module, QuantizedRows) else module] = None
             if isinstance(module, QuantizedRows):
                 module.copy_bias_(layer.bias)  # type: ignore[arg-type]
         module.quantized_state = (live, state)  # type: ignore[assignment]
+    for whole in changed:
+        whole.derive_()
     return moved
 
 

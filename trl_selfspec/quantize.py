@@ -115,10 +115,12 @@ class QuantizedLinear(nn.Module):
         self,
         weight: Tensor,  # (rows, in_features), any floating dtype
         first_row: int = 0,
+        derive: bool = True,
     ) -> None:
         """Quantizes `weight` into the storages from output row `first_row` on, in place: addresses never change.
 
-        Fewer rows than `out_features` are one part of a layer that stands for several.
+        Fewer rows than `out_features` are one part of a layer that stands for several; with `derive=False`, `derive_`
+        is due after the last of them.
         """
         assert weight.shape[1] == self.in_features and 0 <= first_row <= self.out_features - len(weight)
         rows = slice(first_row, first_row + len(weight))
@@ -126,6 +128,12 @@ class QuantizedLinear(nn.Module):
             self._quantize_on_gpu(weight.detach(), rows)
         else:
             self._quantize(weight.detach(), rows)
+        if derive:
+            self.derive_()
+
+    @torch.no_grad()
+    def derive_(self) -> None:
+        """Brings what the backend reads up to date with the storages."""
         for name, buffer in self.backend.derive(self).items():
             getattr(self, name).copy_(buffer)
 
