@@ -99,9 +99,12 @@ def test_a_part_is_quantized_when_it_changed(monkeypatch: pytest.MonkeyPatch) ->
     mirror = Mirror(policy)
     tree, calls = drafter(mirror), []
     original = QuantizedRows.requantize_
-    monkeypatch.setattr(
-        QuantizedRows, "requantize_", lambda part, weight: (calls.append(part), original(part, weight))
-    )
+
+    def recorded(part: QuantizedRows, weight: Tensor, derive: bool = True) -> None:
+        calls.append(part)
+        original(part, weight, derive)
+
+    monkeypatch.setattr(QuantizedRows, "requantize_", recorded)
     stir(policy, seed=5)
     mirror.refresh()
     requantize(tree, mirror)
