@@ -19,13 +19,17 @@ help:
 	@echo "make bench-gpu all goals for one NVIDIA GPU, well under an hour; GOALS_ARGS='--only 7b-steps' for a part"
 	@echo "make env       only build the environment ($(VENV))"
 
-# torch comes first and alone, so that the constraint decides which build of it is taken. A build for CPUs brings no
-# Triton: with it, the tests of the GPU kernels run in its interpreter, and through its compiler.
+# torch comes first and alone, so that the constraint decides which build of it is taken.
 $(VENV)/.test-stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) -e '.[test]'
-	$(BIN)/python -c 'import torch; raise SystemExit(torch.version.cuda is None)' || $(PIP) triton==3.6.0
+	touch $@
+
+# A build of torch for CPUs brings no Triton: with it, tests of the GPU kernels run in its interpreter and its compiler.
+TRITON := triton==3.6.0; sys_platform == "linux" and platform_machine == "x86_64"
+$(VENV)/.triton-stamp: $(VENV)/.test-stamp
+	$(BIN)/python -c 'import importlib.util as u; raise SystemExit(not u.find_spec("triton"))' || $(PIP) '$(TRITON)'
 	touch $@
 
 $(VENV)/.dev-stamp: $(VENV)/.test-stamp
@@ -38,7 +42,7 @@ demo: env
 	$(BIN)/python scripts/demo.py --output_dir $(OUTPUT)
 
 # One thread per worker: two workers share two cores, and results do not depend on the machine.
-test: env
+test: $(VENV)/.triton-stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" $(PYTEST_ARGS)
 
 test-gpu: env

@@ -275,3 +275,12 @@ def test_a_broken_engine_is_noticed(monkeypatch: pytest.MonkeyPatch, model: PreT
     engine, law = make_engine(model, 2, 1), exact_law(model, sampling_config(COMBINED))
     SABOTAGE[name](monkeypatch)
     assert chi_square(sampled(engine, COMBINED, FEWER_ROWS)[0], law) < THRESHOLD
+
+
+def test_what_drafts_leave_is_held_once_for_all_batch_sizes() -> None:
+    """At 152k words it is megabytes a row; a batch that grows or shrinks must not hold it again for every size."""
+    made = RejectionVerification(torch.tensor(0), longest_draft=2)
+    memories = [made._remember(torch.zeros(rows, 8)) for rows in (1, 4, 16, 2, 9)]
+    assert len({memory.laws.data_ptr() for memory in memories}) == 1
+    assert [len(memory.laws) for memory in memories] == [1, 4, 16, 2, 9]
+    assert made._remember(torch.zeros(17, 8)).laws.data_ptr() != memories[0].laws.data_ptr()

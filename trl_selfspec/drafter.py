@@ -41,18 +41,20 @@ class LiveLoraLinear(QuantizedLinear):
         """None: it does not know of adapters."""
 
     def follow(self, factors: tuple[Tensor, Tensor] | None) -> bool:
-        """Takes over adapters, in place unless their rank changed; `None` removes them. Whether a tensor is gone."""
+        """Takes over adapters, in place unless their rank changed; `None` removes them.
+
+        Returns whether it computes with other tensors than before.
+        """
         if factors is None:
-            gone = self.down is not None
+            had = self.down is not None
             self.down = self.up = None
-            return gone
+            return had
         if self.down is not None and self.up is not None and self.down.shape == factors[0].shape:
             self.down.copy_(factors[0])
             self.up.copy_(factors[1])
             return False
-        gone = self.down is not None
         self.down, self.up = (factor.detach().to(self.dtype, copy=True).contiguous() for factor in factors)
-        return gone
+        return True
 
     @property
     def nbytes(self) -> int:
@@ -163,8 +165,7 @@ def requantize(drafter: nn.Module, mirror: Mirror) -> bool:
     for name, module in quantized_layers(drafter):
         source, factors = find_module(mirror.base, name), None
         if isinstance(module, LiveLoraLinear):
-            had = module.down is not None
-            moved |= module.follow(factors := lora_factors(source)) or had != (factors is not None)
+            moved |= module.follow(factors := lora_factors(source))
         live, quantized = factors is not None, inner_module(source) if factors is not None else source
         state = frozen_state(quantized)
         if state is None or (live, state) != getattr(module, "quantized_state", None):

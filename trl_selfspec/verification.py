@@ -58,12 +58,11 @@ class RejectionVerification:
         """A round's own tensors: rounds of fewer rows share those of more."""
         num_rows = len(scores)
         if num_rows not in self._memory:
-            larger = next((memory for rows, memory in self._memory.items() if rows > num_rows), None)
-            if larger is None:  # room for more: batches grow towards a rollout's middle as the gate learns
+            whole = next((memory for rows, memory in self._memory.items() if rows > num_rows), None)
+            if whole is None:  # with room for more: the first to be speculated on are few
                 size = max(FEWEST_ROWS, 1 << (num_rows - 1).bit_length())
-                larger = Memory.like(scores, self.longest_draft, size)
-            memory = larger.of_first(num_rows)
-            self._memory[num_rows] = memory
+                self._memory[size] = whole = Memory.like(scores, self.longest_draft, size)
+            self._memory[num_rows] = whole.of_first(num_rows)
         return self._memory[num_rows]
 
 
