@@ -174,7 +174,6 @@ def main(argv: Sequence[str]) -> None:
     trainer.save_state()
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=arguments.dataset_name)
-    trainer.accelerator.wait_for_everyone()  # lets gloo's threads free their tensors, on which they can deadlock later
     trainer.end()
 
 

@@ -3,10 +3,12 @@
 torchrun --nproc_per_node 2 tests/distributed_worker.py ddp|fsdp|zero2|zero3 OUTPUT_DIR
 """
 
+import gc
 import hashlib
 import json
 import os
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +190,16 @@ def with_evaluation(folder: Path) -> dict[str, Any]:
     return run(folder, trainer_kwargs={"eval_dataset": make_dataset().select(range(5))}, **options)
 
 
+def ended(folder: Path) -> dict[str, Any]:
+    """The last scenario: it takes the process group away. What DDP wraps stays with the trainer."""
+    trainer = make_trainer(folder, SelfSpecGRPOTrainer, **(ALWAYS_SPECULATE | OPTIONS | {"max_steps": 1}))
+    trainer.train()
+    wrapped = weakref.ref(trainer.model_wrapped)
+    before = type(wrapped()).__name__
+    trainer.end()
+    return {"before": before, "is_freed": wrapped() is None, "has_group": torch.distributed.is_initialized()}
+
+
 @torch.no_grad()
 def bf16_law(folder: Path) -> dict[str, Any]:
     """Largest distance of the mirror's logits from the sharded policy's, with and without FSDP's cast."""
@@ -226,6 +238,7 @@ SUITES = {
         outside_a_rollout,
         unsupported_on_one_rank,
         with_evaluation,
+        ended,
     ],
     "fsdp": [
         stopped_and_resumed,
@@ -254,7 +267,9 @@ def main(suite: str, output_dir: Path) -> None:
         results[scenario.__name__] = scenario(output_dir / scenario.__name__)
         GradientState._reset_state()
     (output_dir / f"rank{rank()}.json").write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
+    gc.collect()  # a DDP that outlives the group can deadlock: see `SelfSpecMixin.end`
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -6,44 +6,19 @@ Each backend is launched once; `distributed_worker.py` runs its scenarios and th
 import functools
 import importlib.util
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import ACCELERATE, TESTS, TORCHRUN, run_to_end
 from trl_runs import FP32_LOGP_TOLERANCE, make_model, make_tokenizer
 
 
 pytestmark = pytest.mark.slow
 
-TESTS = Path(__file__).parent
 RECIPES = TESTS.parent / "recipes"
-TIMEOUT_S = 240
 LOGP = "sampling/sampling_logp_difference/max"
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
-
-
-def start(command: list[str], **environment: str) -> None:
-    """Runs `command` to its end; kills it with all its children if it hangs."""
-    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"} | environment
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail(f"no end within {TIMEOUT_S} s:\n{process.communicate()[0][-4000:]}")
-    assert process.returncode == 0, output[-4000:]
-
-
-def two_processes(*arguments: object, **environment: str) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    start([*launcher, *map(str, arguments)], **environment)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +33,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Any:
         launched.add(suite)
         folder = tmp_path_factory.mktemp(suite)
         deepspeed = {"DS_ACCELERATOR": "cpu"} if suite.startswith("zero") else {}
-        two_processes(TESTS / "distributed_worker.py", suite, folder, **deepspeed)
+        run_to_end(*TORCHRUN, TESTS / "distributed_worker.py", suite, folder, **deepspeed)
         ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
         return {name: [rank[name] for rank in ranks] for name in ranks[0]}
 
@@ -195,6 +170,12 @@ def test_fsdps_mixed_precision_is_the_mirrors_law(outcome: Any) -> None:
         assert rank["uncast"] > 0.01
 
 
+def test_the_end_frees_the_wrapped_model_before_the_group(outcome: Any) -> None:
+    """Prevents a deadlock of DDP's reducer with gloo's threads, in which a launch sometimes never ended."""
+    for rank in outcome("ddp")["ended"]:
+        assert rank == {"before": "DistributedDataParallel", "is_freed": True, "has_group": False}
+
+
 def test_an_engine_that_is_not_refreshed_shows(outcome: Any) -> None:
     """Negative control of every comparison of log-probabilities above."""
     log = outcome("fsdp")["without_refresh"][0]["log"]
@@ -239,11 +220,10 @@ def test_the_recipe_trains_in_two_processes(tmp_path: Path, launcher: str) -> No
     for name, value in arguments.items():
         command += [f"--{name}", value]
     if launcher == "fsdp":
-        two_processes(TESTS / "fsdp_on_cpu.py", *command)
+        run_to_end(*TORCHRUN, TESTS / "fsdp_on_cpu.py", *command)
     else:
         config = RECIPES / "accelerate_configs" / "cpu.yaml"
-        accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
-        start([*map(str, accelerate), "--main_process_port", "0", *map(str, command)])
+        run_to_end(*ACCELERATE, "--config_file", config, "--main_process_port", "0", *command)
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     log = [entry for entry in state["log_history"] if "loss" in entry]
     assert [entry["selfspec/fallback"] for entry in log] == [0, 0]

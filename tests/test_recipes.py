@@ -1,16 +1,14 @@
 """Every recipe parses with the real parser, the rewards are exact, and the recipe runs from the command line."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import arithmetic
 import grpo_math
 import pytest
 import yaml
+from launching import ACCELERATE, run_to_end
 from trl.rewards import accuracy_reward
 
 
@@ -148,10 +146,9 @@ def test_the_tokenizer_survives_saving(untrained_policy: Path) -> None:
 @pytest.mark.parametrize("mode", [[], ["--use_selfspec", "false"]], ids=["selfspec", "stock"])
 def test_the_recipe_runs(untrained_policy: Path, tmp_path: Path, mode: list[str]) -> None:
     """The recipe is the first thing a user runs."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "recipes" / "grpo_math.py"), *mode]
-    command += ["--model_name_or_path", str(untrained_policy), "--output_dir", str(tmp_path), "--max_steps", "2"]
+    command = [*ACCELERATE, ROOT / "recipes" / "grpo_math.py", *mode]
+    command += ["--model_name_or_path", untrained_policy, "--output_dir", tmp_path, "--max_steps", "2"]
     command += ["--per_device_train_batch_size", "8", "--max_completion_length", "16", "--num_problems", "16"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_to_end(*command)
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     assert all("selfspec/rollout_s" in entry for entry in history if "reward" in entry)

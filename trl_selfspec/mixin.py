@@ -5,6 +5,7 @@ stay TRL's. Private names of TRL's are used here and, for GRPO's loss, in `train
 checks the signatures they have and says which one moved.
 """
 
+import gc
 import inspect
 import math
 import os
@@ -314,6 +315,21 @@ class SelfSpecMixin(_Trainer):
             return
         engine_state, self._run = state
         self._follower.load_state_dict(engine_state)
+
+    def end(self) -> None:
+        """Finishes the trackers and destroys the process group: the last call of a script, on every rank.
+
+        `Trainer`'s own, which transformers has from 5.18 on, can deadlock on CPUs (torch 2.13): the wrapped model
+        outlives the group, so DDP's reducer holds it last, joins gloo's threads and keeps the GIL meanwhile, which
+        those threads may need to free a tensor. Here the wrapped model goes first.
+        """
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        gc.collect()
+        if hasattr(super(), "end"):
+            super().end()
+        else:
+            self.accelerator.end_training()
 
 
 def _check_bases(cls: type) -> None:
