@@ -1,5 +1,6 @@
 """The engine decodes with the policy's own weights: aliased or copied, refreshed in place, adapters merged."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -288,6 +289,19 @@ def test_an_architecture_that_would_go_wrong_is_refused(family: str, values: dic
     model = tiny_model(family, **values)
     name = "rotary scaling" if family == "llama" else type(model).__name__
     with pytest.raises(UnsupportedModelError, match=name):
+        make_engine(model)
+
+
+@torch.no_grad()
+def test_an_attention_without_its_soft_cap_is_refused() -> None:
+    """Prevents samples that follow another law than the training forward, transformers' default before 5.21."""
+    ids, model = torch.arange(24)[None], tiny_model("gemma2", attn_logit_softcapping=0.5)
+    capped = model(ids).logits
+    make_engine(model)
+    model.config._attn_implementation = "sdpa"
+    with contextlib.suppress(ValueError):  # of transformers from 5.21 on
+        assert (model(ids).logits - capped).abs().max() > 0.01, "negative control: it leaves the cap out"
+    with pytest.raises(UnsupportedModelError, match=r"soft-cap.*attn_implementation='eager'"):
         make_engine(model)
 
 

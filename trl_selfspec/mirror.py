@@ -95,6 +95,7 @@ class Mirror:
         self._aliases: list[tuple[nn.Parameter, Callable[[], Tensor]]] = []
         self._state = self._policy_state()
         _refuse_batch_dependent_rope(self.base)
+        _refuse_uncapped_attention(self.base)
         try:
             self.model = _meta_tree(self.base, IMPLEMENTATION)
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
@@ -262,6 +263,16 @@ def _refuse_batch_dependent_rope(base: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"rotary scaling `{rope['rope_type']}` depends on the longest row of the batch, so samples would too; "
             "use TRL's own generation (`use_selfspec=False`)."
+        )
+
+
+def _refuse_uncapped_attention(base: PreTrainedModel) -> None:
+    """transformers before 5.21 gives models with a soft-cap torch's SDPA by default, which leaves the cap out."""
+    config = base.config.get_text_config(decoder=True)
+    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+        raise UnsupportedModelError(
+            "with `attn_implementation='sdpa'` the training forward leaves out this model's soft-cap, so samples would "
+            "follow another law; load it with `attn_implementation='eager'`."
         )
 
 

@@ -1,5 +1,6 @@
 """What a benchmark says: ratios paired by repeat, a table for people, provenance and comparisons."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -46,11 +47,12 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions | {"torch": torch.__version__}  # with its build, which the index's wheels leave out of their name
 
 
 def provenance(argv: Sequence[str], device: torch.device) -> dict[str, Any]:
@@ -61,7 +63,7 @@ def provenance(argv: Sequence[str], device: torch.device) -> dict[str, Any]:
         "git_dirty": None if status is None else bool(status),
         "argv": list(argv),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p)) is not None},
+        "versions": _versions(),
         "hardware": {
             "cpu": _cpu_name(),
             "cpu_cores": os.cpu_count(),
