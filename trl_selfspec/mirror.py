@@ -271,8 +271,8 @@ def _refuse_uncapped_attention(base: PreTrainedModel) -> None:
     config = base.config.get_text_config(decoder=True)
     if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
         raise UnsupportedModelError(
-            "with `attn_implementation='sdpa'` the training forward leaves out this model's soft-cap, so samples would "
-            "follow another law; load it with `attn_implementation='eager'`."
+            "with `attn_implementation='sdpa'` training leaves out the soft-cap of this model's attention, so samples "
+            "would follow another law; load it with `attn_implementation='eager'`."
         )
 
 
