@@ -1,15 +1,21 @@
 """Launching a round before the last one is read changes nothing but what the host waits for."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from recorded_graph import record
+from simulated_machine import LOSING, Machine
 from tiny_models import Schedule, force_page_size, ragged_prompts, spoil, tiny_model
 from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec import SelfSpecEngine, SelfSpecOptions, engine
+from trl_selfspec.controller import Controller
 from trl_selfspec.engine import RolloutOutput
+from trl_selfspec.graphs import GraphPool
+from trl_selfspec.kernels.cpu import build
 from trl_selfspec.rollout import Rollout
 from trl_selfspec.rounds import RoundRunner, RowState
 
@@ -152,3 +158,45 @@ def test_building_the_drafter_is_no_price_of_quantizing(model: PreTrainedModel, 
         made.generate(PROMPTS, GenerationConfig(max_new_tokens=6, pad_token_id=0), seed=0)
         made.refresh()
     assert len(prices) == 2, "of three rollouts, the first built the drafter"
+
+
+class ReadLate(Controller):
+    """Hears of a round when the next one has been chosen."""
+
+    heard: Callable[[], None] = staticmethod(lambda: None)
+
+    def choose(self, rows: int) -> int:
+        gamma = super().choose(rows)
+        self.heard()
+        return gamma
+
+    def observe_plain(self, *measurement: Any) -> None:
+        self.heard = functools.partial(super().observe_plain, *measurement)
+
+    def observe_speculative(self, *measurement: Any) -> None:
+        self.heard = functools.partial(super().observe_speculative, *measurement)
+
+
+@pytest.mark.parametrize("name", LOSING)
+def test_exploring_takes_no_longer_where_rounds_are_read_late(name: str):
+    """A trial that is started again before it is read, and charged to the round before it, costs twice the budget."""
+    *law, rows = LOSING[name]
+    wasted = []
+    for controller in (Controller(), ReadLate()):
+        machine, tokens = Machine(*law, noise=0.0), 0.0
+        for _ in range(3000):
+            tokens += sum(machine.round(rows, controller, controller.choose(rows))) / rows
+        wasted.append(machine.seconds - tokens * machine.target(rows, 1))
+    assert wasted[1] < 1.2 * wasted[0]
+
+
+def test_rounds_that_teach_nothing_are_passed_over(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch):
+    """Else each later round would be taken for the one before it, and its trial charged to another."""
+    monkeypatch.setitem(engine.ROUNDS_AHEAD, "cpu", 1)
+    monkeypatch.setattr(build, "_library", lambda: None)  # our C kernels are no operations of torch
+    force_page_size(monkeypatch, 4)
+    made = SelfSpecEngine(model, SelfSpecOptions(num_speculative_tokens=2))
+    made._graphs = GraphPool(record)
+    for seed in range(3):
+        made.generate(PROMPTS, GenerationConfig(max_new_tokens=14, pad_token_id=0, **SAMPLING), seed=seed)
+        assert len(made.controller._under_way) <= 1, "the round that began when all rows had ended"

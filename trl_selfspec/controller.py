@@ -47,8 +47,9 @@ def _excess_s(option: Option, incumbent: Option) -> float:
 
 
 class Trial(NamedTuple):
-    """What a trial round gives up."""
+    """A trial round, and what it gives up."""
 
+    gamma: int
     incumbent: Option
     entry_s: float  # requantizing, which the incumbent would not have needed
 
@@ -96,7 +97,7 @@ class Controller:
         self._last_rollout_s, self._rollout_s = self._rollout_s or self._last_rollout_s, 0.0
         self._spent_s = 0.0  # wasted by trials in this rollout
         self._gamma = 0
-        self._trial: Trial | None = None
+        self._under_way: deque[Trial | None] = deque()  # by round chosen and not yet observed
         self._drafted = False
         self._disabled: str | None = None
         self._recent.restart()
@@ -107,31 +108,33 @@ class Controller:
         self._disabled = reason
 
     def choose(self, rows: int) -> int:
-        """Draft length of the next round; 0 is a plain round."""
-        self._rows, self._trial = rows, None
+        """Draft length of the next round; 0 is a plain round. Rounds are observed or passed over in this order."""
+        self._rows, trial = rows, None
         if self._forbidden(rows):
             self._gamma = 0
         elif self.counts_alone:
             self._gamma = self._candidates[0]
-        else:
-            options = self._options(rows)
-            if not options:
-                return 0
+        elif options := self._options(rows):
             incumbent = self._decide(options)
             self._gamma = incumbent.gamma
-            trial = self._worth_trying(rows, options, incumbent)
-            if trial is not None and trial != incumbent.gamma:
-                self._trial = Trial(incumbent, self._entry_s if trial else 0.0)
-                return trial
-        return self._gamma
+            # One trial at a time: what it takes and shows is not known before it is observed.
+            tried = None if any(self._under_way) else self._worth_trying(rows, options, incumbent)
+            if tried is not None and tried != incumbent.gamma:
+                trial = Trial(tried, incumbent, self._entry_s if tried else 0.0)
+        self._under_way.append(trial)
+        return self._gamma if trial is None else trial.gamma
+
+    def pass_over(self) -> Trial | None:
+        """Takes the oldest round that was chosen and not yet observed for over, whatever it took."""
+        return self._under_way.popleft() if self._under_way else None
 
     def plain_seconds(self, rows: int) -> float | None:
         """What a plain round of `rows` rows takes; None before it can be told."""
         return self._plain.at(rows)
 
     def observe_plain(self, rows: int, seconds: float) -> None:
-        if self._trial is not None:
-            self._charge(min(seconds, 2 * (self.plain_seconds(rows) or seconds)) - 1 / self._trial.incumbent.rate)
+        if (trial := self.pass_over()) is not None:
+            self._charge(min(seconds, 2 * (self.plain_seconds(rows) or seconds)) - 1 / trial.incumbent.rate)
         self._plain.add(rows, seconds)
         self._plain_rounds += 1
         self._plain_since_draft += 1
@@ -147,8 +150,8 @@ class Controller:
         accepted: Sequence[int],  # per position, over rows
         examined: Sequence[int],  # per position, over rows: those whose earlier positions were all accepted
     ) -> None:
-        if self._trial is not None:
-            self._charge_trial(rows, gamma, draft_s + verify_s, self._trial)
+        if (trial := self.pass_over()) is not None:
+            self._charge_trial(rows, gamma, draft_s + verify_s, trial)
         key, n = bucket(rows), rows * (gamma + 1)
         self._draft.add(rows, draft_s / gamma)
         self._verify.add(n, verify_s)
@@ -168,7 +171,6 @@ class Controller:
     def _advance(self, seconds: float) -> None:
         self._clock_s += seconds
         self._rollout_s += seconds
-        self._trial = None
 
     def _charge(self, seconds: float) -> None:
         self._spent_s += max(seconds, 0.0)

@@ -132,6 +132,8 @@ class Rollout:
         """Tells statistics and controller what a round took, and what it brought the rows `live` of it."""
         *draft, target_s = launched.laps()
         num_rows, gamma, draft_s = launched.num_rows, launched.gamma, sum(draft)
+        if not (live and launched.typical):
+            self.controller.pass_over()
         if not live:  # all had ended when it began: what reading late costs
             self.stats.add_idle_round(draft_s + target_s)
             return
