@@ -10,7 +10,15 @@ import pytest
 import torch
 from laws import chi_square, joint_counts, joint_law
 from peft import LoraConfig, get_peft_model
-from tiny_models import FAMILIES, always_speculating, left_padded, ragged_prompts, scale_weights, tiny_model
+from tiny_models import (
+    FAMILIES,
+    always_speculating,
+    force_page_size,
+    left_padded,
+    ragged_prompts,
+    scale_weights,
+    tiny_model,
+)
 from torch import Tensor
 from transformers import (
     PreTrainedModel,
@@ -241,3 +249,20 @@ def test_the_docstrings_example_runs() -> None:
     names = vars(generation) | {"SelfSpecOptions": SelfSpecOptions, "model": model, "tokenizer": tokenizer}
     (example,) = doctest.DocTestFinder(recurse=False).find(SelfSpecGenerate, "SelfSpecGenerate", globs=names)
     assert doctest.DocTestRunner().run(example) == doctest.TestResults(failed=0, attempted=4)
+
+
+@pytest.mark.parametrize("inside", ["build", "generate", "refresh"])
+def test_a_callers_inference_mode_leaves_nothing_behind(inside: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors made in one can't be written to outside of it: the next refresh, or the next rollout, failed."""
+    force_page_size(monkeypatch, 4)  # the state of rows outlives a rollout then
+    model = tiny_model("llama")
+    arguments: dict[str, Any] = left_padded(PROMPTS) | {"max_new_tokens": 8, "pad_token_id": PAD}
+    with torch.inference_mode(inside == "build"):
+        engine = always_speculating(model)
+    with torch.inference_mode(inside == "generate"):
+        model.generate(**arguments, custom_generate=SelfSpecGenerate(engine))
+    scale_weights(model, seed=1)
+    with torch.inference_mode(inside == "refresh"):
+        engine.refresh()
+    actual = model.generate(**arguments, custom_generate=SelfSpecGenerate(engine))
+    assert torch.equal(actual, model.generate(**arguments))

@@ -79,6 +79,8 @@ class SelfSpecEngine:
         >>> engine.refresh()  # whenever the model's weights have changed
     """
 
+    @torch.inference_mode(False)  # in a caller's, what is made could not be written to later
+    @torch.no_grad()
     def __init__(
         self,
         model: PreTrainedModel,
@@ -122,6 +124,8 @@ class SelfSpecEngine:
         """Whether the model's weights changed since the last `refresh`, as far as their versions tell."""
         return self._mirror.stale
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def refresh(self, draft: bool = True) -> None:
         """Follows the model's weights, in place. Collective where the weights are sharded.
 
@@ -140,6 +144,7 @@ class SelfSpecEngine:
             self._wanted_version = self._mirror.version
         self._refresh_s += self._seconds() - start
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def generate(
         self,
@@ -181,9 +186,9 @@ class SelfSpecEngine:
             raise ValueError(f"`seed={seed!r}` is not supported: use an integer of 64 bits, or None.")
         if self._kept is not None and not keep:
             self._kept.forget()
-        rollout = self._rollout(requests, law, seed, on_round, keep)
         with torch.cuda.device_of(self._seed), self._forward_context(), contextlib.ExitStack() as on_error:
             on_error.callback(self.release)  # a failed rollout may leave NaN, which spreads through masked keys too
+            rollout = self._rollout(requests, law, seed, on_round, keep)
             rollout.run()
             on_error.pop_all()
         rollout.kept.cache.storage_moved = False  # layers allocate in their first forward, before any is captured
