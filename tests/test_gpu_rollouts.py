@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec import SelfSpecEngine, SelfSpecOptions, verification
 from trl_selfspec.engine import RolloutOutput
+from trl_selfspec.graphs import CudaCapture
 
 
 pytestmark = pytest.mark.gpu
@@ -139,3 +140,53 @@ def test_the_key_value_memory_is_free_between_rollouts():
     again = [generate(engine, SAMPLING) for _ in range(2)]
     del filler
     assert all(output.completion_ids == first.completion_ids for output in again)
+
+
+def test_a_capture_gets_what_torch_holds_unused():
+    """After a step of training torch holds most of the GPU. It lets go of nothing during a capture, so that the first
+    one failed for want of memory, and all rounds of the run went without graphs."""
+    capture, x = CudaCapture(torch.device(DEVICE, torch.cuda.current_device())), torch.ones(2**26, device=DEVICE)
+    unused = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
+    limit = torch.cuda.memory_reserved() + x.nbytes // 2
+    del unused
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(x.device).total_memory)
+    try:
+        replay = capture(lambda: x + 1)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    x += 1
+    assert replay().eq(3).all()
+
+
+def test_a_capture_that_fails_leaves_torch_as_it_was():
+    """Training goes on after it: dropout, freeing memory, the user's own graphs, and ours."""
+    capture, x = CudaCapture(torch.device(DEVICE, torch.cuda.current_device())), torch.ones(2**20, device=DEVICE)
+    first = capture(lambda: x + 1)
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            capture(lambda: x * (x + 1).sum().item())
+        assert torch.nn.functional.dropout(x).std() > 0
+        torch.cuda.empty_cache()
+        other = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(other):
+            noise = torch.rand_like(x)
+        other.replay()
+        assert noise.std() > 0
+    x += 1
+    assert first().eq(3).all() and capture(lambda: 2 * x)().eq(4).all()
+
+
+def test_a_capture_that_is_interrupted_leaves_torch_as_it_was():
+    """Ctrl+C in a notebook, then the cell again."""
+    capture, x = CudaCapture(torch.device(DEVICE, torch.cuda.current_device())), torch.ones(2**20, device=DEVICE)
+
+    def interrupted() -> Tensor:
+        x.add(1)
+        raise KeyboardInterrupt
+
+    first = capture(lambda: x + 1)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            capture(interrupted)
+    assert torch.nn.functional.dropout(x).std() > 0
+    assert capture(lambda: 2 * x)().eq(2).all() and first().eq(2).all()

@@ -231,6 +231,39 @@ def test_a_replay_and_only_a_replay_counts_as_typical(model: PreTrainedModel):
     assert x.tolist() == [4.0] * 4 + [0.0] * 4, "capturing itself does nothing"
 
 
+def test_a_program_that_was_interrupted_is_not_captured_next():
+    """Ctrl+C in its first run: kernels that are not loaded, and tensors that are not made, fail the capture."""
+    pool, runs = GraphPool(record), iter([interrupt, torch.zeros, torch.zeros, torch.ones])
+    pool.begin_rollout(_law(tiny_model("qwen2")), max_rows=8, row_capacity=64)
+
+    def run(program: Program) -> torch.Tensor:
+        return next(runs)(())
+
+    with pytest.raises(KeyboardInterrupt):
+        pool.run(Program("plain", 3, 9), run)
+    pool.run(Program("plain", 3, 9), run)
+    assert len(pool) == 0
+    pool.run(Program("plain", 3, 9), run)
+    assert len(pool) == 1
+
+
+def interrupt(*args: object) -> torch.Tensor:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("law", [{"bad_words_ids": [[5], [9]]}, {"sequence_bias": [[[4], 1.0]]}], ids=str)
+def test_a_processor_prepared_in_one_rollout_is_captured_in_the_next(model: PreTrainedModel, law: dict[str, Any]):
+    """Each rollout builds its law, and some laws prepare biases on the host in their first round: not in a capture."""
+    eager, captured = make_engine(model, None), make_engine(model, None)
+    captured._graphs = GraphPool(record, required=True)
+    for seed in range(3):  # of one round each
+        prompts = PROMPTS[:2]
+        config = GenerationConfig(max_new_tokens=1, pad_token_id=0, **SAMPLING, **law)
+        expected, actual = (engine.generate(prompts, config, seed=seed) for engine in (eager, captured))
+        assert same(actual, expected)
+    assert len(captured._graphs) > 0
+
+
 def _law(model: PreTrainedModel):
     from trl_selfspec.law import SamplingLaw, effective_generation_config
 

@@ -126,6 +126,21 @@ def test_weights_that_moved_are_followed() -> None:
     assert outputs(engine) == outputs(make_engine(other))
 
 
+def test_a_refresh_that_was_interrupted_is_not_over() -> None:
+    """Ctrl+C in a notebook: the next rollout would come from weights of two steps."""
+
+    def interrupt() -> Tensor:
+        raise KeyboardInterrupt
+
+    model = tiny_model()
+    engine = make_engine(model, torch.bfloat16)
+    scale_weights(model, seed=1)
+    engine._mirror._copies[-1] = engine._mirror._copies[-1][0], interrupt
+    with pytest.raises(KeyboardInterrupt):
+        engine.refresh()
+    assert engine.stale
+
+
 def test_a_drafter_may_be_kept_over_a_step() -> None:
     """Prevents `refresh(draft=False)` from requantizing, or from keeping the target too."""
     model = tiny_model("llama")

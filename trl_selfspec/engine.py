@@ -266,7 +266,7 @@ class SelfSpecEngine:
         self._state.reset()
         cache.park(0)
         self._seed.fill_(seed)
-        self._graphs.begin_rollout(law, self._state.max_rows, cache.row_capacity)
+        law = self._graphs.begin_rollout(law, self._state.max_rows, cache.row_capacity)
         if self._sampling is None:
             self._sampling = self._verification(self._seed)
         runner = RoundRunner(

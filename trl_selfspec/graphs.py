@@ -56,18 +56,22 @@ class GraphPool:
     def __init__(self, capture: Capture | None = None, required: bool = False) -> None:
         self._capture, self._required = capture, required
         self._graphs: dict[Hashable, dict[Program, tuple[Replay | None, Function]]] = {}  # by law
+        self._laws: dict[Hashable, SamplingLaw] = {}
         self._law: Hashable = None  # None: one that can't be captured
         self._most_rows = self._most_slots = 0
         self.typical = True
 
-    def begin_rollout(self, law: SamplingLaw, max_rows: int, row_capacity: int) -> None:
+    def begin_rollout(self, law: SamplingLaw, max_rows: int, row_capacity: int) -> SamplingLaw:
         """Announces rounds under `law`, for a state and a cache of this size.
+
+        Returns the law to run: an equal one whose programs have run before, since some processors are prepared on
+        the host when they first run, or the one given.
 
         Raises:
             CaptureError: capture is required and the law needs the host.
         """
         if self._capture is None:
-            return
+            return law
         if law.needs_host and self._required:
             raise CaptureError(
                 "These sampling parameters need the host in every round, so rounds can't be captured; use "
@@ -76,11 +80,13 @@ class GraphPool:
             )
         self._most_rows, self._most_slots = max_rows, row_capacity
         self._law = None if law.needs_host else law.signature
-        if self._law is not None:
-            self._graphs[self._law] = self._graphs.pop(self._law, {})  # the last one is the latest
-            if len(self._graphs) > MAX_LAWS:
-                self.clear()
-                self._graphs = {self._law: {}}
+        if self._law is None:
+            return law
+        self._graphs.setdefault(self._law, {})
+        if len(self._graphs) > MAX_LAWS:
+            self.clear()
+            self._graphs, self._laws = {self._law: {}}, {}
+        return self._laws.setdefault(self._law, law)
 
     def begin_round(self) -> None:
         self.typical = True
@@ -96,8 +102,9 @@ class GraphPool:
             return replay()
         self.typical = False
         if captured is None:
-            graphs[program] = None, function
-            return function(program)
+            result = function(program)
+            graphs[program] = None, function  # not before it has come to its end
+            return result
         try:
             replay = self._capture(lambda: function(program))
         except RuntimeError as error:
@@ -158,25 +165,34 @@ class CudaCapture:
         self._pool, self.nbytes = None, 0
 
     def __call__(self, function: Callable[[], Tensor]) -> Replay:
+        try:
+            return self._captured(function)
+        except RuntimeError as error:  # of the driver or of torch, which lets go of no memory during a capture
+            if "out of memory" not in str(error):
+                raise
+        torch.cuda.empty_cache()
+        return self._captured(function)
+
+    def _captured(self, function: Callable[[], Tensor]) -> Replay:
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
                 for dtype in (torch.float32, torch.bfloat16):  # cuBLAS' workspace of this stream, outside of the pool
                     square = torch.ones(16, 16, dtype=dtype, device=self.device)
                     square.mm(square)
-            # Other threads (a data loader that pins memory) may use CUDA meanwhile.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                self._pool = torch.cuda.graph_pool_handle()
             before = torch.cuda.memory_reserved(self.device)
             try:
+                # Other threads (a data loader that pins memory) may use CUDA meanwhile.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 result = function()
+                graph.capture_end()
             except BaseException:
                 self._abandon(graph)
                 raise
             self.nbytes += torch.cuda.memory_reserved(self.device) - before
-            graph.capture_end()
         current.wait_stream(self._stream)
 
         def replay() -> Tensor:
@@ -186,11 +202,22 @@ class CudaCapture:
         return replay
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Ends a capture that failed. torch 2.11 leaves the allocator capturing then, which breaks `empty_cache`."""
+        """Ends a capture that failed.
+
+        Where even that fails, torch 2.11 leaves the allocator capturing, which breaks `empty_cache`, and the random
+        generator, which breaks the next dropout. A capture that succeeds resets the latter.
+        """
         try:
             graph.capture_end()
+            if self.nbytes:  # the pool holds other graphs
+                return
         except RuntimeError:
             with contextlib.suppress(RuntimeError, AttributeError):  # newer releases have done it
                 torch._C._cuda_endAllocateToPool(self.device.index or 0, self._pool)
                 torch._C._cuda_releasePool(self.device.index or 0, self._pool)
+            with contextlib.suppress(RuntimeError):
+                other = torch.cuda.CUDAGraph()
+                other.capture_begin(capture_error_mode="thread_local")
+                torch.zeros((), device=self.device)
+                other.capture_end()
         self.renew()

@@ -140,12 +140,13 @@ class Mirror:
     @torch.no_grad()
     def refresh(self) -> bool:
         """Brings copied tensors up to date and follows aliases whose source moved; returns whether one did."""
-        self._state, moved = self._policy_state(), False
+        state, moved = self._policy_state(), False
         for parameter, read in self._aliases:
             if parameter.data_ptr() != (source := read()).data_ptr():
                 parameter.data, moved = source.detach(), True
         for storage, read in self._copies:
             storage.copy_(read())
+        self._state = state  # not before all has come to its end
         self.version += 1
         return moved
 
