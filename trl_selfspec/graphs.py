@@ -6,6 +6,7 @@ of rows and slots; the rows beyond the active ones are parked. All share one mem
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -165,12 +166,9 @@ class CudaCapture:
         self._pool, self.nbytes = None, 0
 
     def __call__(self, function: Callable[[], Tensor]) -> Replay:
-        try:
+        with contextlib.suppress(RuntimeError):
             return self._captured(function)
-        except RuntimeError as error:  # of the driver or of torch, which lets go of no memory during a capture
-            if "out of memory" not in str(error):
-                raise
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # torch lets go of no memory during a capture, and not all errors tell of a lack
         return self._captured(function)
 
     def _captured(self, function: Callable[[], Tensor]) -> Replay:
@@ -208,7 +206,8 @@ class CudaCapture:
         generator, which breaks the next dropout. A capture that succeeds resets the latter.
         """
         try:
-            graph.capture_end()
+            with warnings.catch_warnings(action="ignore"):  # of a graph without kernels
+                graph.capture_end()
             if self.nbytes:  # the pool holds other graphs
                 return
         except RuntimeError:
