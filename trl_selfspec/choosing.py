@@ -187,8 +187,8 @@ def _no_seconds(call: Callable[[], object]) -> float:
 def _key(layer: "QuantizedLinear", backends: "Sequence[Backend]", by_clock: bool) -> str:
     gpu = torch.cuda.get_device_name(layer.device) if layer.device.type == "cuda" else str(layer.device)
     shape = layer.out_features, layer.in_features, layer.bias is not None
-    parts = gpu, _versions(), BUCKETS, shape, layer.qtype, str(layer.dtype), [backend.name for backend in backends], by_clock
-    return json.dumps(parts)
+    names = [backend.name for backend in backends]
+    return json.dumps((gpu, _versions(), BUCKETS, shape, layer.qtype, str(layer.dtype), names, by_clock))
 
 
 @functools.cache
