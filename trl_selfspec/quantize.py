@@ -91,6 +91,7 @@ class QuantizedLinear(nn.Module):
         for name, (shape, storage_dtype) in storages.items():
             buffer = torch.zeros(shape, dtype=storage_dtype, device=device)
             self.register_buffer(name, buffer, persistent=False)
+            self.device = buffer.device  # with its index: "cuda" is no tensor's device
         self.backend = choose_backend(self, by_clock)
         for name, buffer in self.backend.derive(self).items():
             self.register_buffer(name, buffer, persistent=False)
