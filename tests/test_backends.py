@@ -147,6 +147,10 @@ def only_right_for_few_rows(layer: QuantizedLinear, x: Tensor) -> Tensor:
     return multiply(layer, x) if len(x) <= 16 else multiply(layer, x.roll(1, 0))
 
 
+def wrong_for_24(layer: QuantizedLinear, x: Tensor) -> Tensor:
+    return multiply(layer, x if len(x) != 24 else x.roll(1, 0))
+
+
 def with_nan(layer: QuantizedLinear, x: Tensor) -> Tensor:
     return multiply(layer, x).index_fill(1, torch.tensor([3]), torch.nan)
 
@@ -156,7 +160,7 @@ def racing() -> Callable[[QuantizedLinear, Tensor], Tensor]:
     return lambda layer, x: multiply(layer, x) * (1 + 1e-3 * (next(calls) % 2))
 
 
-WRONG = [failing, without_bias, with_another_zero_point, only_right_for_few_rows, with_nan, racing()]
+WRONG = [failing, without_bias, with_another_zero_point, only_right_for_few_rows, wrong_for_24, with_nan, racing()]
 
 
 @pytest.mark.parametrize("qtype", QTYPES)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BUCKETS = (1, 4, 8, 16, 32, 64, 256)  # rows
+BETWEEN = (2, 24, 48, 96, 128, 192)  # rows of other graphs: backends switch kernels at numbers of their own
 TOLERANCE = 0.02  # of the result: dequantized bf16 weights are off by 0.003, another zero point by 0.06 and more
 CHECKED_OUTPUTS = 256  # at each end of a layer
 REPEATS = 5
@@ -86,11 +87,12 @@ def _measured_anew(layer: "QuantizedLinear", backends: "Sequence[Backend]", time
             break
         try:
             with _derived(layer, backend), torch.no_grad():
-                for bucket in filter(functools.partial(_takes, backend), BUCKETS):
-                    x = torch.randn(bucket, layer.in_features, dtype=layer.dtype, device=layer.device)
+                for rows in filter(functools.partial(_takes, backend), (*BUCKETS, *BETWEEN)):
+                    x = torch.randn(rows, layer.in_features, dtype=layer.dtype, device=layer.device)
                     _try(layer, backend, x)
-                    cost = timer(functools.partial(backend.linear, layer, x))
-                    seconds[bucket][backend.name] = cost / (WORTH_A_COPY if backend.holds_weights else 1)
+                    if rows in BUCKETS:
+                        cost = timer(functools.partial(backend.linear, layer, x))
+                        seconds[rows][backend.name] = cost / (WORTH_A_COPY if backend.holds_weights else 1)
         except errors() as error:
             dropped = True
             fault = backend.holds_weights or not isinstance(error, torch.OutOfMemoryError)
