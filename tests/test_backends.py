@@ -26,7 +26,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Where answers are kept; nothing is known yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(choosing, "_known", {})
-    choosing._warn_of_dropping.cache_clear()
+    choosing._warn.cache_clear()
     backends._warn_of_dequantizing.cache_clear()
     with torch.no_grad():
         yield tmp_path / "trl_selfspec" / "backends.json"
@@ -88,6 +88,46 @@ def test_a_second_copy_of_the_weights_must_be_worth_it(seconds: float, chosen: s
     assert set(names(table).values()) == {chosen}
 
 
+def test_at_most_one_backend_holds_the_weights_once_more():
+    """Two rivals that win at different numbers of rows would take twice the drafter's memory again."""
+    cheap, dear = (lambda rows: 1.0 if rows <= 4 else 20.0), (lambda rows: 2.0 if rows <= 4 else 5.0)
+    timer = Timer(in_place=lambda rows: 10.0, few=cheap, many=dear)
+    rivals = [backend("few", holds_weights=True), backend("many", holds_weights=True)]
+    table = names(measured(make_layer(), [backend("in_place"), *rivals], timer))
+    assert set(table.values()) == {"many"}
+    timer.seconds["many"] = lambda rows: 9.5
+    table = names(measured(make_layer(n=48), [backend("in_place"), *rivals], timer))
+    assert table == {1: "few", 4: "few"} | dict.fromkeys(BUCKETS[2:], "in_place")
+    rivals = [backend("few", max_rows=4, holds_weights=True), backend("many", holds_weights=True)]
+    assert set(names(measured(make_layer(n=64), rivals, timer)).values()) == {"many"}, "it alone serves all rows"
+
+
+@pytest.mark.parametrize(("holds_weights", "chosen"), [(False, {"in_place"}), (True, set())])
+def test_without_memory_to_measure_layers_are_not_dequantized(holds_weights: bool, chosen: set[str], cache: Path):
+    """A cache that leaves no room for a timing would make every draft slower than the policy, for the whole run."""
+
+    def exhausted(call) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    candidates = [backend("in_place", holds_weights=holds_weights), backend("copied", holds_weights=True)]
+    assert set(names(measured(make_layer(), candidates, exhausted)).values()) == chosen
+    assert not cache.exists(), "the next process measures"
+
+
+def test_without_a_clock_the_first_that_works_is_taken():
+    """Near ties fall differently from run to run; with other roundings, drafts and samples differ."""
+    timer = Timer(first=lambda rows: 9.0, second=lambda rows: 1.0, never=lambda rows: 1.0)
+
+    def never(layer: QuantizedLinear, x: Tensor) -> Tensor:
+        raise AssertionError("compiled for nothing")
+
+    candidates = [backend("wrong", failing), backend("first", max_rows=8), backend("second"), backend("never", never)]
+    table = names(measured(make_layer(), candidates, timer, by_clock=False))
+    assert table == dict.fromkeys((1, 4, 8), "first") | dict.fromkeys(BUCKETS[3:], "second") and not timer.calls
+    timed = names(measured(make_layer(), candidates[1:3], timer))
+    assert set(timed.values()) == {"second"}, "negative control"
+
+
 def failing(layer: QuantizedLinear, x: Tensor) -> Tensor:
     raise RuntimeError("no kernel image")
 
@@ -107,6 +147,10 @@ def only_right_for_few_rows(layer: QuantizedLinear, x: Tensor) -> Tensor:
     return multiply(layer, x) if len(x) <= 16 else multiply(layer, x.roll(1, 0))
 
 
+def wrong_for_24(layer: QuantizedLinear, x: Tensor) -> Tensor:
+    return multiply(layer, x if len(x) != 24 else x.roll(1, 0))
+
+
 def with_nan(layer: QuantizedLinear, x: Tensor) -> Tensor:
     return multiply(layer, x).index_fill(1, torch.tensor([3]), torch.nan)
 
@@ -116,7 +160,7 @@ def racing() -> Callable[[QuantizedLinear, Tensor], Tensor]:
     return lambda layer, x: multiply(layer, x) * (1 + 1e-3 * (next(calls) % 2))
 
 
-WRONG = [failing, without_bias, with_another_zero_point, only_right_for_few_rows, with_nan, racing()]
+WRONG = [failing, without_bias, with_another_zero_point, only_right_for_few_rows, wrong_for_24, with_nan, racing()]
 
 
 @pytest.mark.parametrize("qtype", QTYPES)

@@ -214,6 +214,17 @@ def test_constant_rows_are_represented(qtype: str):
     assert layer(torch.randn(4, 256).to(BF16)).isfinite().all()
 
 
+def test_a_layers_device_is_its_tensors(monkeypatch):
+    """On fake tensors: weights on cuda:0 took quanto's many kernels where a layer was made on "cuda"."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(quantize, "runs_triton", lambda device: True)
+    with FakeTensorMode():
+        layer = QuantizedLinear(256, 8, None, "qint8", torch.bfloat16, "cuda")
+        weight = torch.empty(8, 256, dtype=torch.bfloat16, device="cuda:0")
+        assert layer._quantizes_on_gpu(weight) and not layer._quantizes_on_gpu(weight.to("cpu"))
+
+
 def test_nbytes_counts_what_is_held():
     """Half a byte per weight and two bf16 numbers per group of 128."""
     layer, _ = make_layer(1024, 64, "qint4", BF16)

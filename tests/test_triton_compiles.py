@@ -110,6 +110,14 @@ constants = {"SIZE": 18944, "COLUMNS": elementwise.ACTIVATIONS_AT_ONCE}
 pointers = {"gate": x, "up": x, "out": x}
 compiled(elementwise._silu_mul, pointers, constants, (), ("gate_row", "up_row"), num_warps=4)
 """
+SPECIALISED = """
+from importlib import import_module
+
+for module in ("attention", "codes", "elementwise", "linear", "quantize", "rejection", "sampling"):
+    for kernel in vars(import_module(f"trl_selfspec.kernels.cuda.{module}")).values():
+        if isinstance(kernel, triton.JITFunction) and "program_id(0)" in kernel.src:
+            print(*(p.name for p in kernel.params if not p.is_constexpr and not p.do_not_specialize))
+"""
 UNALIGNED = """
 from trl_selfspec.kernels.cuda import attention
 
@@ -148,20 +156,36 @@ for fp8 in (False, True):
 
 
 @pytest.fixture
-def usage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[tuple[int, bool, int, bool]]]:
-    """Compiles a program's kernels: shared memory, tensor cores, bytes of spilled registers, asynchronous copies."""
+def lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[list[str]]]:
+    """Runs a program without the interpreter: the words of the lines that it prints."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # or nothing would be compiled the second time
 
-    def run(program: str, *arguments: object) -> list[tuple[int, bool, int, bool]]:
+    def run(program: str, *arguments: object) -> list[list[str]]:
         file = tmp_path / "program.py"  # triton reads the source of its functions
         file.write_text(COMPILE + program)
         done = subprocess.run([sys.executable, str(file), *map(str, arguments)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        lines = [line.split() for line in done.stdout.splitlines()]
-        return [(int(a), b == "True", int(c), d == "True") for a, b, c, d in lines]
+        return [line.split() for line in done.stdout.splitlines()]
 
     return run
+
+
+@pytest.fixture
+def usage(lines: Callable[..., list[list[str]]]) -> Callable[..., list[tuple[int, bool, int, bool]]]:
+    """Compiles a program's kernels: shared memory, tensor cores, bytes of spilled registers, asynchronous copies."""
+
+    def run(program: str, *arguments: object) -> list[tuple[int, bool, int, bool]]:
+        return [(int(a), b == "True", int(c), d == "True") for a, b, c, d in lines(program, *arguments)]
+
+    return run
+
+
+def test_what_changes_with_the_batch_compiles_nothing(lines):
+    """Triton compiles anew for a number that is 1 or a multiple of 16: seconds in the middle of a rollout."""
+    specialised = set().union(*lines(SPECIALISED))
+    assert {"row_stride", "vocab", "K"} <= specialised, "negative control"
+    assert not specialised & {"M", "num_steps", "groups", "gamma", "num_slots", "window", "table_row"}
 
 
 @pytest.mark.parametrize("capability", ["80", "90"])

@@ -244,6 +244,19 @@ def test_a_norm_in_advance_is_that_of_the_very_tensor() -> None:
         assert norm(y) is not foreseen
 
 
+def test_a_kernel_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Layers that run module by module take twice as long, and nothing else would tell why."""
+    from trl_selfspec.kernels.cuda import elementwise as kernels
+
+    def broken(*args) -> None:
+        raise RuntimeError("out of resources")
+
+    monkeypatch.setattr(kernels, "silu_mul", broken)
+    assert not gpu_layers(Mirror(policy()).model)
+    (told,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "LlamaDecoderLayer runs module by module" in told and "out of resources" in told
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("autocast_dtype", [None, torch.bfloat16])
 def test_a_captured_step_outlives_its_pages(autocast_dtype: torch.dtype | None) -> None:

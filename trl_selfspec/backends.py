@@ -195,13 +195,13 @@ BACKENDS = (
 )
 
 
-def choose_backend(layer: "QuantizedLinear") -> Backend:
-    """The first that supports the layer; on CUDA the fastest, by the number of rows."""
+def choose_backend(layer: "QuantizedLinear", by_clock: bool = True) -> Backend:
+    """The first that supports the layer; on CUDA, if clocks may decide, the fastest, by the number of rows."""
     supporting = [backend for backend in BACKENDS if backend.supports(layer)]
     if layer.device.type != "cuda":
         return supporting[0]
     *fast, fallback = supporting
-    chosen = measured(layer, fast)
+    chosen = measured(layer, fast, by_clock=by_clock)
     if not chosen and layer.dtype in quantized.DTYPES:
         _warn_of_dequantizing(layer.qtype)
     return by_rows(chosen, fallback) if chosen else fallback

@@ -9,6 +9,7 @@ import functools
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -33,10 +34,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BUCKETS = (1, 4, 8, 16, 32, 64, 256)  # rows
+BETWEEN = (2, 24, 48, 96, 128, 192)  # rows of other graphs: backends switch kernels at numbers of their own
 TOLERANCE = 0.02  # of the result: dequantized bf16 weights are off by 0.003, another zero point by 0.06 and more
 CHECKED_OUTPUTS = 256  # at each end of a layer
 REPEATS = 5
 CACHE_BYTES = 2**28  # larger than any GPU's
+FILLS = 8  # of them, half a millisecond at 4 TB/s: what Python launches meanwhile waits, so that no gap is timed
 WORTH_A_COPY = 0.9  # of the time: a second copy of the weights must save a tenth
 PACKAGES = ("trl-selfspec", "torch", "triton", "humming-kernels")
 
@@ -46,7 +49,7 @@ _known: "dict[str, dict[int, str]]" = {}
 
 
 def measured(
-    layer: "QuantizedLinear", backends: "Sequence[Backend]", timer: Timer | None = None
+    layer: "QuantizedLinear", backends: "Sequence[Backend]", timer: Timer | None = None, by_clock: bool = True
 ) -> "dict[int, Backend]":
     """The fastest of the backends for up to so many rows; empty if none works.
 
@@ -55,15 +58,17 @@ def measured(
         backends: candidates, those that need no copies of the weights first among equals.
         timer: device seconds of a call; by default the GPU's own clock. Where there is no GPU to time, backends are
             taken in their order.
+        by_clock: `False` takes the first that works: near ties would fall now one way, now the other.
     """
     if timer is None and not torch.cuda.is_available():
         return {bucket: backend for bucket in BUCKETS for backend in reversed(backends) if _takes(backend, bucket)}
-    key = _key(layer, backends)
+    key = _key(layer, backends, by_clock)
+    timer = (timer or _cold_seconds) if by_clock else _no_seconds
     if key not in _known:
         with torch.cuda.device_of(getattr(layer, layer.storage_names[0])):
             devices = [layer.device] if layer.device.type == "cuda" else []
             with torch.random.fork_rng(devices):  # or a run would draw other samples the first time
-                _known[key] = _read().get(key) or _measured_anew(layer, backends, timer or _cold_seconds, key)
+                _known[key] = _read().get(key) or _measured_anew(layer, backends, timer, key)
     by_name = {backend.name: backend for backend in backends}
     return {bucket: by_name[name] for bucket, name in _known[key].items()}
 
@@ -78,25 +83,45 @@ def _measured_anew(layer: "QuantizedLinear", backends: "Sequence[Backend]", time
     dropped = False
     _fill_with_noise(layer)
     for backend in backends:
+        if timer is _no_seconds and all(seconds.values()):
+            break
         try:
             with _derived(layer, backend), torch.no_grad():
-                for bucket in filter(functools.partial(_takes, backend), BUCKETS):
-                    x = torch.randn(bucket, layer.in_features, dtype=layer.dtype, device=layer.device)
+                for rows in filter(functools.partial(_takes, backend), (*BUCKETS, *BETWEEN)):
+                    x = torch.randn(rows, layer.in_features, dtype=layer.dtype, device=layer.device)
                     _try(layer, backend, x)
-                    cost = timer(functools.partial(backend.linear, layer, x))
-                    seconds[bucket][backend.name] = cost / (WORTH_A_COPY if backend.holds_weights else 1)
+                    if rows in BUCKETS:
+                        cost = timer(functools.partial(backend.linear, layer, x))
+                        seconds[rows][backend.name] = cost / (WORTH_A_COPY if backend.holds_weights else 1)
         except errors() as error:
             dropped = True
-            for costs in seconds.values():
+            fault = backend.holds_weights or not isinstance(error, torch.OutOfMemoryError)
+            for bucket, costs in seconds.items():
                 costs.pop(backend.name, None)
-            _warn_of_dropping(backend.name, layer.qtype, f"{type(error).__name__}: {error}"[:500])
+                if not fault and _takes(backend, bucket):  # what is left where nothing could be timed
+                    costs[backend.name] = math.inf
+            verdict = "is not used" if fault else "could not be timed"
+            _warn(backend.name, verdict, layer.qtype, f"{type(error).__name__}: {error}"[:500])
     for name in layer.storage_names:
         getattr(layer, name).zero_()
-    fastest = {bucket: min(costs, key=costs.__getitem__) for bucket, costs in seconds.items() if costs}
+    fastest = _fastest(seconds, [backend.name for backend in backends if backend.holds_weights])
     logger.info("trl_selfspec: %s of %d x %d: %s", layer.qtype, layer.out_features, layer.in_features, fastest)
     if backends and not dropped:
         _write(key, fastest)
     return fastest
+
+
+def _fastest(seconds: dict[int, dict[str, float]], holders: Sequence[str]) -> dict[int, str]:
+    """By bucket; at most one of those that hold the weights once more takes part."""
+
+    def table(holder: str | None) -> dict[int, str]:
+        taken = {bucket: [n for n in costs if n == holder or n not in holders] for bucket, costs in seconds.items()}
+        return {bucket: min(names, key=seconds[bucket].__getitem__) for bucket, names in taken.items() if names}
+
+    def cost(names: dict[int, str]) -> tuple[int, float]:
+        return -len(names), math.prod(seconds[bucket][name] for bucket, name in names.items())
+
+    return min(map(table, holders or [None]), key=cost)
 
 
 def _fill_with_noise(layer: "QuantizedLinear") -> None:
@@ -146,7 +171,7 @@ def _cold_seconds(call: Callable[[], object]) -> float:
     laps = []
     for _ in range(REPEATS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for value in (1, 2):  # long enough for the launches to be queued behind
+        for value in range(FILLS):
             other.fill_(value)
         start.record()
         call()
@@ -156,11 +181,16 @@ def _cold_seconds(call: Callable[[], object]) -> float:
     return median(laps)
 
 
-def _key(layer: "QuantizedLinear", backends: "Sequence[Backend]") -> str:
+def _no_seconds(call: Callable[[], object]) -> float:
+    """All are equal, and the first is taken."""
+    return 0.0
+
+
+def _key(layer: "QuantizedLinear", backends: "Sequence[Backend]", by_clock: bool) -> str:
     gpu = torch.cuda.get_device_name(layer.device) if layer.device.type == "cuda" else str(layer.device)
     shape = layer.out_features, layer.in_features, layer.bias is not None
-    parts = gpu, _versions(), BUCKETS, shape, layer.qtype, str(layer.dtype), [backend.name for backend in backends]
-    return json.dumps(parts)
+    names = [backend.name for backend in backends]
+    return json.dumps((gpu, _versions(), BUCKETS, shape, layer.qtype, str(layer.dtype), names, by_clock))
 
 
 @functools.cache
@@ -199,5 +229,5 @@ def _write(key: str, names: dict[int, str]) -> None:
 
 
 @functools.cache
-def _warn_of_dropping(name: str, qtype: str, reason: str) -> None:
-    logger.warning("trl_selfspec: %s is not used for %s layers: %s", name, qtype, reason)
+def _warn(name: str, verdict: str, qtype: str, reason: str) -> None:
+    logger.warning("trl_selfspec: %s %s for %s layers: %s", name, verdict, qtype, reason)

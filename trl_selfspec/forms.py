@@ -114,7 +114,8 @@ def _live_seconds(like: Tensor, num_rows: int, out_features: int, in_features: i
 
 def _merged_seconds(like: Tensor, qtype: str, out_features: int, in_features: int) -> float:
     weight = like.new_zeros(out_features, in_features)
-    layer = QuantizedLinear(in_features, out_features, None, qtype, like.dtype, like.device)
+    sizes = in_features, out_features
+    layer = QuantizedLinear(*sizes, None, qtype, like.dtype, like.device, by_clock=False)  # else every kernel is tried
     return _least_seconds(like, lambda: layer.requantize_(weight))
 
 

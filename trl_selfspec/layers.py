@@ -5,6 +5,7 @@ launch. Layers built like Llama's are replaced; any other stays as it is. What c
 weights: attributes tell nothing of multipliers, activations or layers without positions.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from trl_selfspec.cache import PagedCache
-from trl_selfspec.kernels import DecoderLayer, DecoderParts, FastRMSNorm, prepare_decoder_layer
-from trl_selfspec.kernels.gpu import errors
+from trl_selfspec.kernels import DecoderLayer, DecoderParts, FastRMSNorm, gpu, prepare_decoder_layer
 
+
+logger = logging.getLogger(__name__)
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 JOINABLE = PROJECTIONS[0][:3], PROJECTIONS[1][:2]  # each group reads one input
@@ -153,7 +155,10 @@ def _computes_the_same(module: nn.Module, layer: DecoderLayer) -> bool:
             parameter.data = torch.empty_like(parameter).uniform_(-2 * spread, 2 * spread, generator=generator)
         expected, actual = _decode(fast, fast.modules_own), _decode(fast, fast)
         rounded = actual if layer.twin is None else _decode(fast, FastForward(module, layer, layer.twin))
-    except errors():
+    except gpu.errors() as error:
+        if gpu.runs_triton(parameters[0].device):  # where a kernel was expected to run
+            reason = f"{type(error).__name__}: {error}"[:500]
+            logger.warning("trl_selfspec: %s runs module by module, more slowly: %s", type(module).__name__, reason)
         return False
     finally:
         fast.attention.paged_cache = bound  # type: ignore[assignment]
@@ -161,7 +166,11 @@ def _computes_the_same(module: nn.Module, layer: DecoderLayer) -> bool:
             parameter.data = data
     dtype = layer.parts.dtype
     close = all(_close(x, y, RELATIVE_TOLERANCE[dtype]) for x, y in zip(actual, expected, strict=True))
-    return close and (dtype is torch.float32 or all(map(_rounds_alike, rounded, expected)))
+    alike = dtype is torch.float32 or all(map(_rounds_alike, rounded, expected))
+    if not close or not alike:
+        what = "rounds otherwise" if close else "computes something else"
+        logger.info("trl_selfspec: %s runs module by module: it %s", type(module).__name__, what)
+    return close and alike
 
 
 def _decode(fast: FastForward, layer: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -57,6 +57,7 @@ class QuantizedLinear(nn.Module):
         qtype: One of `QTYPES`.
         dtype: Of the weights before quantization and after dequantization; also of scales and shifts.
         device: Where the storages live.
+        by_clock: Take the kernel that a clock finds fastest on a GPU; `False`: the first that works, in every run.
     """
 
     bias: nn.Parameter | None
@@ -77,6 +78,7 @@ class QuantizedLinear(nn.Module):
         qtype: str,
         dtype: torch.dtype,
         device: torch.device | str,
+        by_clock: bool = True,
     ):
         super().__init__()
         if qtype not in QTYPES:
@@ -89,7 +91,8 @@ class QuantizedLinear(nn.Module):
         for name, (shape, storage_dtype) in storages.items():
             buffer = torch.zeros(shape, dtype=storage_dtype, device=device)
             self.register_buffer(name, buffer, persistent=False)
-        self.backend = choose_backend(self)
+            self.device = buffer.device  # with its index: "cuda" is no tensor's device
+        self.backend = choose_backend(self, by_clock)
         for name, buffer in self.backend.derive(self).items():
             self.register_buffer(name, buffer, persistent=False)
         self.prepared: kernels.PreparedLinear | None = None

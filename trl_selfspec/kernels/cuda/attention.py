@@ -25,7 +25,7 @@ NO_WINDOW = 2**31 - 1
 LOG2E = tl.constexpr(math.log2(math.e))  # exp2 is what the hardware has
 LOWEST = tl.constexpr(-1e30)  # a maximum of nothing that can be subtracted from -inf, and from itself
 
-UNSPECIALISED = ["num_steps", "groups", "num_slots", "window"]  # they change with every batch; one binary for all
+UNSPECIALISED = ["num_steps", "groups", "num_slots", "window", "table_row"]  # they change with the batch: one binary
 
 
 @triton.jit
