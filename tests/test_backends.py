@@ -115,7 +115,7 @@ def test_without_memory_to_measure_layers_are_not_dequantized(holds_weights: boo
 
 
 def test_without_a_clock_the_first_that_works_is_taken():
-    """Near ties fall differently from run to run; with other roundings, drafts and samples differ."""
+    """Prevents compiling and timing every kernel for a layer that only prices a form of the drafter."""
     timer = Timer(first=lambda rows: 9.0, second=lambda rows: 1.0, never=lambda rows: 1.0)
 
     def never(layer: QuantizedLinear, x: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def measured(
         backends: candidates, those that need no copies of the weights first among equals.
         timer: device seconds of a call; by default the GPU's own clock. Where there is no GPU to time, backends are
             taken in their order.
-        by_clock: `False` takes the first that works: near ties would fall now one way, now the other.
+        by_clock: `False` takes the first that works and times nothing.
     """
     if timer is None and not torch.cuda.is_available():
         return {bucket: backend for bucket in BUCKETS for backend in reversed(backends) if _takes(backend, bucket)}

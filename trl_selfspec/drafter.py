@@ -92,11 +92,7 @@ class QuantizedRows(nn.Module):
 
 
 def make_drafter(
-    mirror: Mirror,
-    qtype: str,
-    quantize_lm_head: bool = True,
-    live_adapters: bool = False,
-    by_clock: bool = True,
+    mirror: Mirror, qtype: str, quantize_lm_head: bool = True, live_adapters: bool = False
 ) -> PreTrainedModel:
     """The target mirror's tree and tensors with a `QuantizedLinear` for every Linear layer; fill it by `requantize`.
 
@@ -105,11 +101,10 @@ def make_drafter(
         qtype: quanto's name of the weights' type.
         quantize_lm_head: quantize the output head too.
         live_adapters: keep LoRA adapters unmerged, for `requantize` to be cheap.
-        by_clock: see `QuantizedLinear`.
     """
     head = mirror.model.get_output_embeddings()
     live = {name for name in _linear_names(mirror) if live_adapters and _has_factors(mirror, name)}
-    joined = _joined(mirror, qtype, live, by_clock)
+    joined = _joined(mirror, qtype, live)
 
     def quantized(name: str, layer: MirrorLinear) -> nn.Module:
         if layer is head and not quantize_lm_head:
@@ -118,7 +113,7 @@ def make_drafter(
             return joined[name]
         form = LiveLoraLinear if name in live else QuantizedLinear
         sizes = layer.in_features, layer.out_features
-        return form(*sizes, layer.bias, qtype, layer.weight.dtype, layer.weight.device, by_clock)
+        return form(*sizes, layer.bias, qtype, layer.weight.dtype, layer.weight.device)
 
     return mirror.tree(linear=quantized)
 
@@ -131,7 +126,7 @@ def _has_factors(mirror: Mirror, name: str) -> bool:
     return lora_factors(find_module(mirror.base, name)) is not None
 
 
-def _joined(mirror: Mirror, qtype: str, live: set[str], by_clock: bool) -> dict[str, QuantizedRows]:
+def _joined(mirror: Mirror, qtype: str, live: set[str]) -> dict[str, QuantizedRows]:
     """The parts of the joined layers by name, where kernels run them at once."""
     joined: dict[str, QuantizedRows] = {}
     if not gpu.runs_triton(mirror.embeddings.device):
@@ -146,8 +141,7 @@ def _joined(mirror: Mirror, qtype: str, live: set[str], by_clock: bool) -> dict[
             weight: Tensor = linears[0].weight  # type: ignore[assignment]
             sizes: list[int] = [linear.out_features for linear in linears]  # type: ignore[misc]
             bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None  # type: ignore[arg-type]
-            shape = weight.shape[1], sum(sizes)
-            whole = QuantizedLinear(*shape, bias, qtype, weight.dtype, weight.device, by_clock)
+            whole = QuantizedLinear(weight.shape[1], sum(sizes), bias, qtype, weight.dtype, weight.device)
             for index, name in enumerate(names):
                 joined[name] = QuantizedRows(whole, sum(sizes[:index]), sizes[index])
     return joined

@@ -101,8 +101,7 @@ class SelfSpecEngine:
             self.options.max_speculative_tokens,
             self.options.max_active_sequences,
         )
-        self._by_clock = not self.controller.counts_alone
-        self._form = measured_choice(self._mirror, self.draft_qtype, by_cost=self._by_clock)
+        self._form = measured_choice(self._mirror, self.draft_qtype, by_cost=not self.controller.counts_alone)
         self._drafter: torch.nn.Module | None = None
         self._drafter_version: int | None = None
         self._wanted_version = self._mirror.version
@@ -326,8 +325,7 @@ class SelfSpecEngine:
                 if self._drafter is not None:  # freed before another takes its place
                     self._drafter = None
                     self._graphs.clear()
-                choices = self.draft_qtype, self.options.quantize_lm_head, live, self._by_clock
-                self._drafter = make_drafter(self._mirror, *choices)
+                self._drafter = make_drafter(self._mirror, self.draft_qtype, self.options.quantize_lm_head, live)
                 self._drafter_version = None
         assert self._drafter is not None
         return self._drafter

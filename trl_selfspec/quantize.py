@@ -57,7 +57,7 @@ class QuantizedLinear(nn.Module):
         qtype: One of `QTYPES`.
         dtype: Of the weights before quantization and after dequantization; also of scales and shifts.
         device: Where the storages live.
-        by_clock: Take the kernel that a clock finds fastest on a GPU; `False`: the first that works, in every run.
+        by_clock: Take the kernel that a clock finds fastest on a GPU; `False`: the first that works.
     """
 
     bias: nn.Parameter | None
