@@ -27,7 +27,6 @@ REACH_VERIFY = 1.34  # a verify's within this factor above the longest measured 
 PEER_SHARE = 0.7  # a verify takes at least this share of one with as many tokens over other rows
 FAST_DECAY, SLOW_DECAY = 0.98, 0.998  # per round: half-lives of 34 and 346; the slow one seeds the next rollout
 MAX_AGE = 35  # rounds since the last draft count for at most this many: one probe halves older evidence
-
 STATE_VERSION = 1
 
 
@@ -133,7 +132,7 @@ class Controller:
         return self._plain.at(rows)
 
     def observe_plain(self, rows: int, seconds: float) -> None:
-        if (trial := self.pass_over()) is not None:
+        if trial := self.pass_over():
             self._charge(min(seconds, 2 * (self.plain_seconds(rows) or seconds)) - 1 / trial.incumbent.rate)
         self._plain.add(rows, seconds)
         self._plain_rounds += 1
@@ -150,7 +149,7 @@ class Controller:
         accepted: Sequence[int],  # per position, over rows
         examined: Sequence[int],  # per position, over rows: those whose earlier positions were all accepted
     ) -> None:
-        if (trial := self.pass_over()) is not None:
+        if trial := self.pass_over():
             self._charge_trial(rows, gamma, draft_s + verify_s, trial)
         key, n = bucket(rows), rows * (gamma + 1)
         self._draft.add(rows, draft_s / gamma)
@@ -346,7 +345,6 @@ class Controller:
         self._reset()
         self._plain, self._draft, self._verify, self._verify_by_rows = plain, draft, verify, by_rows
         self._lasting, self._recent = lasting, Acceptance(FAST_DECAY, prior=lasting)
-        self._plain_rounds, self._wasted_s = plain_rounds, wasted_s
-        self._last_rollout_s = rollout_s
+        self._plain_rounds, self._wasted_s, self._last_rollout_s = plain_rounds, wasted_s, rollout_s
         self._requantize_s.extend(requantize_s)
         self.begin_rollout()
