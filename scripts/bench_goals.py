@@ -47,11 +47,14 @@ def environment(measurement: Measurement, cache: Path) -> dict[str, str]:
         return dict(os.environ)
     if measurement.caches == "empty":
         shutil.rmtree(cache, ignore_errors=True)
+        cache.mkdir(parents=True)
     return os.environ | {name: str(cache / name.lower()) for name in CACHE_VARIABLES}
 
 
 def measure(measurement: Measurement, args: argparse.Namespace, out: Path, log: Path) -> str | None:
-    """Runs it; None, or why there is no result. Its children end with it."""
+    """Runs it; None, or why there is no whole result. Its children end with it."""
+    if measurement.caches == "kept" and not (args.out / "caches").exists():
+        return "failed: there are no caches to start from; measure those that fill them --again"
     with log.open("w") as stderr:
         process = subprocess.Popen(
             command(measurement, args, out),

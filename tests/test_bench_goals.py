@@ -106,6 +106,13 @@ def test_a_measurement_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
     assert not (tmp_path / "x.json").exists()
 
 
+def test_a_warm_start_needs_caches(tmp_path: Path) -> None:
+    """Results are kept, caches may be gone: a cold start must not pass for a warm one."""
+    args = Namespace(tiny=True, out=tmp_path, vllm_python="python")
+    why = bench_goals.measure(BY_NAME["7b-warm"].tiny(), args, tmp_path / "x.json", tmp_path / "x.log")
+    assert why is not None and "no caches" in why and not (tmp_path / "x.json").exists()
+
+
 def test_vllm_is_skipped_where_it_cannot_run(tmp_path: Path) -> None:
     args = Namespace(tiny=True, out=tmp_path, vllm_python="python")
     why = bench_goals.measure(BY_NAME["7b-vllm"].tiny(), args, tmp_path / "x.json", tmp_path / "x.log")
