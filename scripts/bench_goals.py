@@ -169,18 +169,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.tiny and not torch.cuda.is_available():
         sys.exit("These are goals for a GPU, and there is no CUDA device here; --tiny tries the runner on a CPU.")
     args.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # the measurement under way ends too
     reasons: dict[str, str] = {}
     for measurement in chosen:
         out, start = args.out / f"{measurement.name}.json", time.monotonic()
         if args.again:
             out.unlink(missing_ok=True)
-        if not is_done(out) and (why := measure(measurement, args, out, out.with_suffix(".log"))):
-            reasons[measurement.name] = why
+        try:
+            if not is_done(out) and (why := measure(measurement, args, out, out.with_suffix(".log"))):
+                reasons[measurement.name] = why
+        finally:  # also where this process is to end
+            write_table(args.out, args.tiny)
         print(
             f"{measurement.name:<14}{time.monotonic() - start:6.0f} s  {reasons.get(measurement.name, '')}", flush=True
         )
-        write_table(args.out, args.tiny)
     rows, results = write_table(args.out, args.tiny)
     print(table(rows))
     if missing := [m.name for m in MEASUREMENTS if m.name not in results]:
@@ -189,4 +190,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # the measurement under way ends too
     main()

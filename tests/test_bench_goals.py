@@ -180,6 +180,7 @@ def test_what_ends_the_runner_ends_its_measurement(tmp_path: Path) -> None:
     runner.send_signal(signal.SIGTERM)
     assert runner.wait(30) == 1 and children
     assert not psutil.wait_procs(children, timeout=10)[1]
+    assert "7b-stock" in json.loads((tmp_path / "goals.json").read_text())["failed"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
