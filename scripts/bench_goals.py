@@ -5,12 +5,13 @@
     python scripts/bench_goals.py --dry-run                # the commands
 
 Every measurement is a `bench_rollout.py run` in a process of its own and leaves its JSON under benchmarks/gpu, where
-the next call finds it: an interrupted run goes on where it stopped. `--tiny` tries it on a CPU, without verdict.
+the next call finds it: an interrupted run goes on where it stopped. What a measurement that failed, or took too long,
+has shown until then counts; it is tried again by the next call. goals.json, written after each measurement, holds the
+table and what failed. `--tiny` tries it on a CPU, without verdict.
 """
 
 import argparse
 import contextlib
-import json
 import os
 import shlex
 import shutil
@@ -24,11 +25,12 @@ from typing import Any
 
 import torch
 from bench.goals import GOALS, MEASUREMENTS, PARTS, Goal, Measurement, Result
-from bench.report import read_result
+from bench.report import read_result, write_result
 
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE_VARIABLES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
+LAST_WORDS = 4000  # characters of a failed measurement's log that goals.json takes along
 BAD_ARGUMENTS = 2  # argparse's exit status: a measurement that can't run here, such as vLLM where it isn't installed
 
 
@@ -45,11 +47,14 @@ def environment(measurement: Measurement, cache: Path) -> dict[str, str]:
         return dict(os.environ)
     if measurement.caches == "empty":
         shutil.rmtree(cache, ignore_errors=True)
+        cache.mkdir(parents=True)
     return os.environ | {name: str(cache / name.lower()) for name in CACHE_VARIABLES}
 
 
 def measure(measurement: Measurement, args: argparse.Namespace, out: Path, log: Path) -> str | None:
-    """Runs it; None, or why there is no result. Its children end with it."""
+    """Runs it; None, or why there is no whole result. Its children end with it."""
+    if measurement.caches == "kept" and not (args.out / "caches").exists():
+        return "failed: there are no caches to start from; measure those that fill them --again"
     with log.open("w") as stderr:
         process = subprocess.Popen(
             command(measurement, args, out),
@@ -70,8 +75,12 @@ def measure(measurement: Measurement, args: argparse.Namespace, out: Path, log: 
         return None
     if status is None:
         return f"failed: not done after {measurement.limit_s} s"
-    said = log.read_text().strip().splitlines()
+    said = log.read_text(errors="replace").strip().splitlines()
     return f"{'skipped' if status == BAD_ARGUMENTS else 'failed'}: {said[-1] if said else f'exit status {status}'}"
+
+
+def is_done(path: Path) -> bool:
+    return path.exists() and read_result(path).get("complete", True)
 
 
 def load_results(folder: Path, tiny: bool) -> dict[str, Result]:
@@ -84,8 +93,10 @@ def load_results(folder: Path, tiny: bool) -> dict[str, Result]:
 
 def row(goal: Goal, results: dict[str, Result], tiny: bool) -> dict[str, Any]:
     """One line of the table as data; `met` is None without a number, or where it isn't a GPU's."""
-    complete = results.keys() >= set(goal.needs)
-    measured = goal.measured([results[name] for name in goal.needs]) if complete else None
+    try:
+        measured = goal.measured([results[name] for name in goal.needs])
+    except KeyError:  # not measured, or without an engine that failed
+        measured = None
     return {
         "goal": goal.text,
         "bound": goal.bound_text,
@@ -104,11 +115,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def summary(rows: Sequence[dict[str, Any]], results: dict[str, Result], tiny: bool) -> dict[str, Any]:
+def summary(
+    rows: Sequence[dict[str, Any]], results: dict[str, Result], failed: dict[str, str], tiny: bool
+) -> dict[str, Any]:
     """The table with where its numbers come from; each measurement's file has the rest."""
     sources = [result["provenance"] for result in results.values()]
     return {
         "goals": list(rows),
+        "repeats": {name: result["provenance"]["repeats"] for name, result in results.items()},
+        "failed": failed,
         "tiny_on_cpu": tiny,
         "provenance": {
             "git_shas": sorted({str(source["git_sha"]) for source in sources}),
@@ -118,6 +133,19 @@ def summary(rows: Sequence[dict[str, Any]], results: dict[str, Result], tiny: bo
             "versions": sources[0]["versions"] if sources else {},
         },
     }
+
+
+def last_words(folder: Path) -> dict[str, str]:
+    """What measurements said that were begun and not brought to an end, by name."""
+    logs = {m.name: folder / f"{m.name}.log" for m in MEASUREMENTS if not is_done(folder / f"{m.name}.json")}
+    return {name: log.read_text(errors="replace")[-LAST_WORDS:] for name, log in logs.items() if log.exists()}
+
+
+def write_table(folder: Path, tiny: bool) -> tuple[list[dict[str, Any]], dict[str, Result]]:
+    results = load_results(folder, tiny)
+    rows = [row(goal, results, tiny) for goal in GOALS]
+    write_result(summary(rows, results, last_words(folder), tiny), folder / "goals.json")
+    return rows, results
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -146,14 +174,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         out, start = args.out / f"{measurement.name}.json", time.monotonic()
         if args.again:
             out.unlink(missing_ok=True)
-        if not out.exists() and (why := measure(measurement, args, out, out.with_suffix(".log"))):
-            reasons[measurement.name] = why
+        try:
+            if not is_done(out) and (why := measure(measurement, args, out, out.with_suffix(".log"))):
+                reasons[measurement.name] = why
+        finally:  # also where this process is to end
+            write_table(args.out, args.tiny)
         print(
             f"{measurement.name:<14}{time.monotonic() - start:6.0f} s  {reasons.get(measurement.name, '')}", flush=True
         )
-    results = load_results(args.out, args.tiny)
-    rows = [row(goal, results, args.tiny) for goal in GOALS]
-    (args.out / "goals.json").write_text(json.dumps(summary(rows, results, args.tiny), indent=1) + "\n")
+    rows, results = write_table(args.out, args.tiny)
     print(table(rows))
     if missing := [m.name for m in MEASUREMENTS if m.name not in results]:
         print(f"Not measured yet: {', '.join(missing)}")
@@ -161,4 +190,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # the measurement under way ends too
     main()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from bench import gemms
-from bench.report import provenance
+from bench.report import provenance, write_result
 from bench.workload import preset_config
 from torch import Tensor
 
@@ -86,13 +86,16 @@ def main(argv: list[str]) -> None:
     where = provenance(["bench_kernels.py", *argv], torch.device(args.device))
     result: dict[str, Any] = {"provenance": where}
     if args.device == "cuda":
-        result |= gemms.run(args.preset, args.rows, args.repeats)
+        for part in gemms.run(args.preset, args.rows, args.repeats):
+            result |= part
+            if args.out:  # what is known if it is stopped here
+                write_result(result, args.out)
     else:
         sizes = shapes(args.preset)
         timed = {kind: milliseconds(kind, sizes, args.rows, args.repeats) for kind in args.kinds}
         result["milliseconds"] = timed
     if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(result, args.out)
     print(gemms.table(result) if args.device == "cuda" else json.dumps(result))
 
 

@@ -6,8 +6,9 @@
 
 Repeats are interleaved (A B A B ...). Before them, untimed, every engine does a short rollout; ours do a whole one,
 and selfspec as many as make `--warmup-tokens`: its gate then knows its costs, as it does in training from the second
-step on. vLLM runs in a process of its own beside the others. The last line on stdout is one JSON object; ratios above
-1 mean faster.
+step on. vLLM runs in a process of its own beside the others. An engine that fails is left out, with its traceback in
+the result; --out is written after every repeat. The last line on stdout is one JSON object; ratios above 1 mean
+faster.
 """
 
 import argparse
@@ -15,7 +16,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,13 @@ import torch
 import transformers
 from bench import device as devices
 from bench import report
-from bench.engines import ENGINES, Engine, OwnEngine, make_engines
+from bench.engines import ENGINES, Engine, OwnEngine, engine_makers
 from bench.figures import Traffic, own_figures, step_costs
 from bench.plot import plot
 from bench.vllm_engine import VllmEngine, check_vllm
 from bench.workload import LENGTH_PROFILES, PRESETS, Workload, load_model, make_workload
 
+from trl_selfspec.kernels.gpu import errors
 from trl_selfspec.options import SelfSpecOptions
 
 
@@ -123,31 +126,60 @@ def warm_up(name: str, engine: Engine, workload: Workload, tokens: int, seed: in
     engine.forget_warmup()
 
 
-def time_engines(
-    engines: dict[str, Engine], workload: Workload, warmup_tokens: int, repeats: int, seed: int, device: torch.device
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of each timed rollout and peak bytes on a GPU; warms up first and checks every rollout's lengths."""
-    for name, engine in engines.items():
-        warm_up(name, engine, workload, warmup_tokens, seed, device)
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-    peaks: dict[str, int] = dict.fromkeys(engines, 0)
-    for repeat in range(repeats):
-        for name, engine in engines.items():
-            devices.reset_peak_memory(device)
-            with devices.Stopwatch(device) as watch:
-                completion_ids = engine.rollout(workload, seed + 1 + repeat)
-            workload.check(completion_ids, name)
-            seconds[name].append(watch.seconds)
-            peaks[name] = max(peaks[name], devices.peak_memory_bytes(device))
-            print(f"repeat {repeat + 1}/{repeats}  {name:<11}{watch.seconds:8.3f} s", file=sys.stderr, flush=True)
-    return seconds, peaks
+class Bench:
+    """Engines at the same work, side by side.
+
+    Attributes:
+        engines: those that have not failed.
+        seconds: of each timed rollout.
+        peak_bytes: on a GPU.
+        failures: tracebacks of the others.
+    """
+
+    def __init__(self, workload: Workload, device: torch.device, seed: int) -> None:
+        self.workload, self.device, self.seed = workload, device, seed
+        self.engines: dict[str, Engine] = {}
+        self.seconds: dict[str, list[float]] = {}
+        self.peak_bytes: dict[str, int] = {}
+        self.failures: dict[str, str] = {}
+
+    def add(self, name: str, make: Callable[[], Engine], warmup_tokens: int) -> None:
+        """Builds an engine and warms it up."""
+        try:
+            engine = make()
+            warm_up(name, engine, self.workload, warmup_tokens, self.seed, self.device)
+        except errors():
+            self._drop(name)
+        else:
+            self.engines[name], self.seconds[name], self.peak_bytes[name] = engine, [], 0
+
+    def repeat(self, number: int, of: int) -> None:
+        """Times one rollout of each engine and checks its lengths."""
+        for name, engine in list(self.engines.items()):
+            try:
+                devices.reset_peak_memory(self.device)
+                with devices.Stopwatch(self.device) as watch:
+                    completion_ids = engine.rollout(self.workload, self.seed + number)
+                self.workload.check(completion_ids, name)
+            except errors():
+                self._drop(name)
+                continue
+            self.seconds[name].append(watch.seconds)
+            self.peak_bytes[name] = max(self.peak_bytes[name], devices.peak_memory_bytes(self.device))
+            print(f"repeat {number}/{of}  {name:<11}{watch.seconds:8.3f} s", file=sys.stderr, flush=True)
+
+    def _drop(self, name: str) -> None:
+        self.failures[name] = traceback.format_exc()
+        print(f"engine {name} failed\n{self.failures[name]}", file=sys.stderr, flush=True)
+        for values in (self.engines, self.seconds, self.peak_bytes):
+            values.pop(name, None)
 
 
 def engine_report(
     engine: Engine, seconds: list[float], peak_bytes: int, num_tokens: int, traffic: Traffic
 ) -> dict[str, Any]:
     figures: dict[str, Any] = {
-        "seconds": report.spread(seconds) | {"all": seconds},
+        "seconds": report.spread(seconds) | {"all": list(seconds)},
         "tokens_per_s": report.spread([num_tokens / s for s in seconds]),
     }
     if isinstance(engine, VllmEngine):
@@ -162,12 +194,11 @@ def engine_report(
             figures["gate"] = engine.engine.controller.explain()
             figures |= step_costs(engine.engine.state_dict())
             figures["refresh_s"] = engine.refresh_s + engine.stats.refresh_s
-            if requantize_s := engine.requantize_s():
-                figures["requantize_s"] = report.spread(requantize_s)
     return figures
 
 
-def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
+def run(args: argparse.Namespace, argv: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """What is known after each repeat, then all of it."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
@@ -178,21 +209,16 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
         args.length_profile, args.rows, args.max_new_tokens, args.prompt_length, model.config.vocab_size, args.seed
     )
     load_before = os.getloadavg()[0]
-    engines = make_engines(
+    bench = Bench(workload, device, args.seed)
+    makers = engine_makers(
         model, workload, args.engines, selfspec_options(args), args.synthetic_acceptance, args.vllm_python
     )
-    seconds, peaks = time_engines(engines, workload, args.warmup_tokens, args.repeats, args.seed, device)
+    for name, make in makers.items():
+        bench.add(name, make, args.warmup_tokens)
     traffic = Traffic.of(model, workload)
-    figures = {
-        name: engine_report(engine, seconds[name], peaks[name], workload.num_tokens, traffic)
-        for name, engine in engines.items()
-    }
-    for engine in engines.values():
-        if isinstance(engine, VllmEngine):
-            engine.close()
-    return {
-        "ratios": report.ratios(seconds),
-        "engines": figures,
+    result: dict[str, Any] = {
+        "complete": False,
+        "failures": bench.failures,
         "workload": {
             "model": preset or str(args.model),
             "random_weights": preset is not None,
@@ -207,13 +233,28 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
         },
         "provenance": report.provenance(argv, device)
         | {
-            "repeats": args.repeats,
             "seed": args.seed,
             "warmup_tokens": args.warmup_tokens,
             "synthetic_acceptance": args.synthetic_acceptance,
             "load_average_before": load_before,
         },
     }
+    for number in range(1, args.repeats + 1):
+        bench.repeat(number, args.repeats)
+        result["ratios"] = report.ratios(bench.seconds)
+        result["provenance"]["repeats"] = number
+        result["engines"] = {
+            name: engine_report(engine, bench.seconds[name], bench.peak_bytes[name], workload.num_tokens, traffic)
+            for name, engine in bench.engines.items()
+        }
+        yield result
+    for name, engine in bench.engines.items():
+        if isinstance(engine, OwnEngine) and (requantize_s := engine.requantize_s()):
+            result["engines"][name]["requantize_s"] = report.spread(requantize_s)
+        elif isinstance(engine, VllmEngine):
+            engine.close()
+    result["complete"] = not bench.failures
+    yield result
 
 
 def selfspec_options(args: argparse.Namespace) -> SelfSpecOptions:
@@ -256,11 +297,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_arguments(args)
     except ValueError as error:
         parser.error(str(error))
-    result = run(args, argv)
+    result: dict[str, Any] = {}
+    for result in run(args, argv):
+        if args.out is not None:
+            report.write_result(result, args.out)
     print(report.table(result), file=sys.stderr, flush=True)
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result), flush=True)
+    if failures := result["failures"]:
+        sys.exit(f"Failed: {', '.join(f'{name}: {text.splitlines()[-1]}' for name, text in failures.items())}")
 
 
 if __name__ == "__main__":

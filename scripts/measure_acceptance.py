@@ -5,20 +5,21 @@
 A policy is trained on generated arithmetic (once, some minutes), then by GRPO with SelfSpecGRPOTrainer. Every few
 optimizer steps, each drafter drafts for the policy of that moment on problems that it does not train on, at
 temperature 1: alpha is accepted / examined. A stale drafter keeps the Linear weights of step 0, as if it were a
-separate model; what it shares with the policy (embeddings, norms) follows. Writes OUT.json and OUT.png.
+separate model; what it shares with the policy (embeddings, norms) follows. Writes OUT.json after every measurement,
+and OUT.png in the end.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from bench.report import provenance
+from bench.report import provenance, write_result
 from make_tiny_policy import SIZES
 from transformers import (
     AutoTokenizer,
@@ -53,12 +54,20 @@ class AcceptanceProbe(TrainerCallback):
         tokenizer: the policy's.
         num_prompts: held-out problems per measurement, the same for all drafters.
         autocast_dtype: of the training, None for none.
+        on_point: called after every measurement.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Any, num_prompts: int, every: int, autocast_dtype: torch.dtype | None
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        num_prompts: int,
+        every: int,
+        autocast_dtype: torch.dtype | None,
+        on_point: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self.tokenizer, self.num_prompts, self.every = model, tokenizer, num_prompts, every
+        self.on_point = on_point
         self.engines = {
             (qtype, kind): SelfSpecEngine(model, _always_drafting(qtype), autocast_dtype)
             for qtype in QTYPES
@@ -96,6 +105,7 @@ class AcceptanceProbe(TrainerCallback):
         self.points.append(point)
         alphas = ", ".join(f"{name} {value['alpha']:.4f}" for name, value in point.items() if isinstance(value, dict))
         print(f"step {step}: {alphas}", file=sys.stderr, flush=True)
+        self.on_point()
 
     @torch.no_grad()
     def relative_weight_change(self) -> float:
@@ -111,7 +121,9 @@ def _always_drafting(qtype: str) -> SelfSpecOptions:
 
 def pooled(points: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Per drafter over all steps after the first measurement: alpha, its standard error and the tokens examined."""
-    result = {}
+    result: dict[str, dict[str, float]] = {}
+    if len(points) < 2:
+        return result
     for name in [f"{qtype} {kind}" for qtype in QTYPES for kind in KINDS]:
         examined = sum(point[name]["examined"] for point in points[1:])
         alpha = sum(point[name]["alpha"] * point[name]["examined"] for point in points[1:]) / examined
@@ -165,33 +177,38 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_dataset=grpo_math.make_datasets(arguments, training)[0],
     )
     tokenizer, autocast = AutoTokenizer.from_pretrained(policy), torch.bfloat16 if training.bf16 else None
-    probe = AcceptanceProbe(trainer.model, tokenizer, args.num_prompts, args.measure_every, autocast)  # type: ignore[arg-type]
+    where = provenance(["measure_acceptance.py", *command], trainer.accelerator.device)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+
+    def save() -> None:
+        rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+        result = {
+            "pooled_after_step_0": pooled(probe.points),
+            "points": probe.points,
+            "rewards": rewards,
+            "policy": {"parameters": parameters, "path": policy.name, "autocast": str(autocast)},
+            "training": {
+                "steps": trainer.state.global_step,
+                "learning_rate": training.learning_rate,
+                "completions_per_step": training.per_device_train_batch_size * training.gradient_accumulation_steps,
+                "mean_reward": mean(rewards) if rewards else None,
+            },
+            "draft_length": DRAFT_LENGTH,
+            "num_prompts": args.num_prompts,  # per point
+            "wall_s": time.monotonic() - start,
+            "provenance": where,
+        }
+        write_result(result, args.out.with_suffix(".json"))
+
+    probe = AcceptanceProbe(trainer.model, tokenizer, args.num_prompts, args.measure_every, autocast, save)  # type: ignore[arg-type]
+    parameters = sum(parameter.numel() for parameter in probe.first)
     trainer.add_callback(probe)
     trainer.train()
-    parameters = sum(parameter.numel() for parameter in probe.first)
-    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
-    result = {
-        "pooled_after_step_0": pooled(probe.points),
-        "points": probe.points,
-        "rewards": rewards,
-        "policy": {"parameters": parameters, "path": policy.name, "autocast": str(autocast)},
-        "training": {
-            "steps": trainer.state.global_step,
-            "learning_rate": training.learning_rate,
-            "completions_per_step": training.per_device_train_batch_size * training.gradient_accumulation_steps,
-            "mean_reward": mean(rewards),
-        },
-        "draft_length": DRAFT_LENGTH,
-        "num_prompts": args.num_prompts,  # per point
-        "wall_s": time.monotonic() - start,
-        "provenance": provenance(["measure_acceptance.py", *command], trainer.accelerator.device),
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    save()
     device, rate = trainer.accelerator.device.type, training.learning_rate
     title = f"{parameters / 1e6:.1f}M parameters, GRPO at learning rate {rate:g}, {device}"
     plot(probe.points, title, args.out.with_suffix(".png"))
-    print(json.dumps(result["pooled_after_step_0"]))
+    print(json.dumps(pooled(probe.points)))
 
 
 if __name__ == "__main__":

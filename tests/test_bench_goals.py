@@ -1,6 +1,11 @@
 """The goals for a GPU: their commands are valid, their verdicts right, and the runner runs, here on a CPU."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
@@ -9,6 +14,7 @@ from typing import Any
 
 import bench_goals
 import bench_rollout
+import psutil
 import pytest
 import torch
 from bench.goals import GOALS, MEASUREMENTS, Goal, in_plain_rounds, in_reads_of_the_weights, ratio
@@ -100,6 +106,13 @@ def test_a_measurement_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
     assert not (tmp_path / "x.json").exists()
 
 
+def test_a_warm_start_needs_caches(tmp_path: Path) -> None:
+    """Results are kept, caches may be gone: a cold start must not pass for a warm one."""
+    args = Namespace(tiny=True, out=tmp_path, vllm_python="python")
+    why = bench_goals.measure(BY_NAME["7b-warm"].tiny(), args, tmp_path / "x.json", tmp_path / "x.log")
+    assert why is not None and "no caches" in why and not (tmp_path / "x.json").exists()
+
+
 def test_vllm_is_skipped_where_it_cannot_run(tmp_path: Path) -> None:
     args = Namespace(tiny=True, out=tmp_path, vllm_python="python")
     why = bench_goals.measure(BY_NAME["7b-vllm"].tiny(), args, tmp_path / "x.json", tmp_path / "x.log")
@@ -126,6 +139,48 @@ def test_the_runner_measures_once_and_shows_all_goals(tmp_path: Path, capsys: py
     assert all(line["met"] is None for line in table["goals"])
     said = capsys.readouterr().out
     assert GOALS[0].text in said and "Not measured yet: 7b-cold" in said
+
+
+def test_what_was_not_finished_counts_and_is_tried_again(tmp_path: Path) -> None:
+    """A measurement that was killed at its limit has some repeats; one whose engine failed, the other engine's."""
+    path, log = tmp_path / "7b-longtail.json", tmp_path / "7b-longtail.log"
+    result = _result(2.0, 1.0, device="cpu") | {"complete": False}
+    result["provenance"] |= {"repeats": 1, "git_sha": None, "git_dirty": None, "date": "", "versions": {}}
+    result["provenance"]["hardware"]["gpu"] = None
+    path.write_text(json.dumps(result))
+    log.write_text("RuntimeError: CUDA error: an illegal memory access was encountered")
+    assert not bench_goals.is_done(path)
+    bench_goals.write_table(tmp_path, tiny=True)
+    table = json.loads((tmp_path / "goals.json").read_text())
+    assert [line["measured"] for line in table["goals"] if line["measurements"] == ["7b-longtail"]] == [2.0]
+    assert table["repeats"] == {"7b-longtail": 1} and "illegal" in table["failed"]["7b-longtail"]
+    del result["engines"]["selfspec"]
+    path.write_text(json.dumps(result))
+    rows, _ = bench_goals.write_table(tmp_path, tiny=True)
+    assert all(line["measured"] is None for line in rows)
+    path.write_text(json.dumps(result | {"complete": True}))
+    assert bench_goals.is_done(path)
+    bench_goals.write_table(tmp_path, tiny=True)
+    assert not json.loads((tmp_path / "goals.json").read_text())["failed"]
+
+
+def test_what_ends_the_runner_ends_its_measurement(tmp_path: Path) -> None:
+    """One left behind on the GPU would slow down whatever is timed next."""
+    root = Path(bench_goals.__file__).parents[1]
+    runner = subprocess.Popen(
+        [sys.executable, "scripts/bench_goals.py", "--tiny", "--only", "7b-stock", "--out", str(tmp_path)],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        stderr=subprocess.DEVNULL,
+    )
+    start, children = time.monotonic(), []
+    while not children and time.monotonic() - start < 60:
+        time.sleep(0.1)
+        children = psutil.Process(runner.pid).children()
+    runner.send_signal(signal.SIGTERM)
+    assert runner.wait(30) == 1 and children
+    assert not psutil.wait_procs(children, timeout=10)[1]
+    assert "7b-stock" in json.loads((tmp_path / "goals.json").read_text())["failed"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -17,10 +17,12 @@ def test_fused_shapes_hold_every_weight():
 def test_the_table_sums_over_layers():
     cublas = {"floor": 10.0, "1": {"median": 20.0}, "8": {"median": 40.0}}
     few = {"floor": 3.0, "1": {"median": 5.0}}
-    shape = {"layers": 100, "cublas bf16": cublas, "qint4 few": few, "qint4 chosen": "few"}
-    text = table({"preset": "p", "microseconds": {"a": shape, "b": shape}, "requantize_s": {"qint4": {"median": 0.5}}})
-    rows = {line[:28].strip(): line[28:].split() for line in text.splitlines()[:3]}
+    shape = {"layers": 100, "cublas bf16": cublas, "qint4 few": few, "qint8 one": few, "qint4 chosen": "few"}
+    shapes = {"a": shape, "b": shape | {"qint8 one": "Traceback"}}
+    text = table({"preset": "p", "microseconds": shapes, "requantize_s": {"qint4": {"median": 0.5}}})
+    rows = {line[:28].strip(): line[28:].split() for line in text.splitlines()[:4]}
     assert rows["cublas bf16"] == ["2.00", "4.00", "8.00"] and rows["qint4 few"] == ["0.60", "1.00"]
+    assert rows["qint8 one"][2:] == ["without", "1", "shapes"], "half a model would look twice as fast"
     assert "requantize qint4: 500.0 ms" in text
 
 

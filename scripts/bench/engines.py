@@ -17,12 +17,12 @@ from trl_selfspec.drafter import requantize
 from trl_selfspec.engine import SelfSpecEngine
 from trl_selfspec.kernels.draws import Outcome
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.sampling import Purpose, uniform
 from trl_selfspec.stats import RolloutStats
 from trl_selfspec.verification import RejectionVerification
 
 
 ENGINES = ("stock", "continuous", "vllm", "plain", "selfspec")  # slowest first, roughly: the order of ratios
+NUM_LOTS, LOTS_PER_ROW, LOTS_PER_SEED = 2**16, 7919, 1009  # primes: rows and rollouts begin at places of their own
 TRL_CB_MEMORY_PERCENT = 0.5  # TRL's default for its continuous batching, which leaves room for training
 
 
@@ -119,16 +119,21 @@ class ContinuousEngine:
 
 
 class SyntheticVerification(RejectionVerification):
-    """Does the real verification's work, then accepts each draft with one fixed probability instead of its verdict."""
+    """Does the real verification's work, then accepts each draft with one fixed probability instead of its verdict.
+
+    Lots are drawn ahead: on a GPU, each small operation within a round would add to what verifying seems to cost.
+    """
 
     def __init__(self, seed: Tensor, longest_draft: int, acceptance: float) -> None:
         super().__init__(seed, longest_draft)
-        self.acceptance = acceptance
+        lots = torch.rand(NUM_LOTS, generator=torch.Generator().manual_seed(0))
+        self.accepts = (lots < acceptance).long().to(seed.device)
 
     def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Outcome:
         real = super().verify(drafts, scores, row_ids, positions)
-        lots = uniform(self.seed, row_ids[:, None], positions[:, : drafts.shape[1]], Purpose.ACCEPT)
-        num_accepted = (lots < self.acceptance).long().cumprod(dim=1).sum(dim=1)
+        start = row_ids.add(self.seed, alpha=LOTS_PER_SEED) * LOTS_PER_ROW
+        places = (positions[:, : drafts.shape[1]] + start[:, None]).remainder_(NUM_LOTS)
+        num_accepted = self.accepts[places].cumprod(dim=1).sum(dim=1)
         last = real.tokens.gather(1, real.num_accepted[:, None])
         tokens = torch.cat([drafts, last], dim=1).scatter(1, num_accepted[:, None], last)
         return Outcome(num_accepted, tokens, real.logprobs)  # of other tokens: they mean nothing here
@@ -192,15 +197,15 @@ class OwnEngine:
         return seconds
 
 
-def make_engines(
+def engine_makers(
     model: PreTrainedModel,
     workload: Workload,
     names: Sequence[str],
     options: SelfSpecOptions,
     synthetic_acceptance: float | None,
     vllm_python: str = sys.executable,
-) -> dict[str, Engine]:
-    """Build the named engines on one model, in the order given; `options` are those of `selfspec`."""
+) -> dict[str, Callable[[], Engine]]:
+    """What builds the named engines on one model, in the order given; `options` are those of `selfspec`."""
     makers: dict[str, Callable[[], Engine]] = {
         "stock": lambda: StockEngine(model),
         "continuous": lambda: ContinuousEngine(model),
@@ -208,4 +213,4 @@ def make_engines(
         "plain": lambda: OwnEngine(model, SelfSpecOptions(num_speculative_tokens=0)),
         "selfspec": lambda: OwnEngine(model, options, synthetic_acceptance),
     }
-    return {name: makers[name]() for name in names}
+    return {name: makers[name] for name in names}

@@ -1,8 +1,10 @@
 """Times of a model's quantized linear layers on a GPU, by shape, backend and rows, in captured graphs."""
 
 import math
+import sys
+import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from bench.report import spread
 from bench.workload import preset_config
 from trl_selfspec import backends
 from trl_selfspec.backends import Backend
+from trl_selfspec.kernels.gpu import errors
 from trl_selfspec.quantize import QTYPES, QuantizedLinear
 
 
@@ -78,7 +81,9 @@ def make_layers(n: int, k: int, qtype: str, backend: Backend, count: int) -> lis
 
 @torch.no_grad()
 def time_shape(n: int, k: int, rows: list[int], repeats: int, bytes_per_s: float) -> dict[str, Any]:
-    """Each backend's microseconds, cuBLAS's on bf16 weights, and those of reading the weights once."""
+    """Each backend's microseconds, cuBLAS's on bf16 weights, and those of reading the weights once; a text is the
+    traceback of what failed.
+    """
     result: dict[str, Any] = {}
     count = max(1, math.ceil(COLD_BYTES / (2 * n * k)))
     weights = [torch.randn(n, k, dtype=DTYPE, device="cuda") for _ in range(count)]
@@ -91,14 +96,22 @@ def time_shape(n: int, k: int, rows: list[int], repeats: int, bytes_per_s: float
         floor = 1e6 * num_bytes / bytes_per_s
         for backend in backends.BACKENDS[:-1]:
             if backend.supports(probe):
-                layers = make_layers(n, k, qtype, backend, max(1, math.ceil(COLD_BYTES / num_bytes)))
-                fitting = [number for number in rows if backend.max_rows is None or number <= backend.max_rows]
-                timed = microseconds([layer.forward for layer in layers], k, fitting, repeats)
-                result[f"{qtype} {backend.name}"] = {"floor": floor, **timed}
-                del layers
+                name, fitting = f"{qtype} {backend.name}", [m for m in rows if m <= (backend.max_rows or m)]
+                try:
+                    layers = make_layers(n, k, qtype, backend, max(1, math.ceil(COLD_BYTES / num_bytes)))
+                    timed = microseconds([layer.forward for layer in layers], k, fitting, repeats)
+                    result[name] = {"floor": floor, **timed}
+                except errors():
+                    result[name] = _failed(f"{name} {n} x {k}")
+                layers = None  # before the next ones are made
         result[f"{qtype} chosen"] = probe.backend.name
         torch.cuda.empty_cache()
     return result
+
+
+def _failed(what: str) -> str:
+    print(f"{what} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+    return traceback.format_exc()
 
 
 @torch.no_grad()
@@ -116,20 +129,27 @@ def requantize_seconds(shapes: Counter[tuple[int, int]], qtype: str, repeats: in
     return spread(totals)
 
 
-def run(preset: str, rows: list[int], repeats: int) -> dict[str, Any]:
-    """Everything for a preset."""
+def run(preset: str, rows: list[int], repeats: int) -> Iterator[dict[str, Any]]:
+    """What is known of a preset after each shape, then all of it."""
     shapes, bandwidth = fused_shapes(preset), copy_bytes_per_s(torch.device("cuda"))
-    timed = {f"{n}x{k}": {"layers": c, **time_shape(n, k, rows, repeats, bandwidth)} for (n, k), c in shapes.items()}
-    requantize = {qtype: requantize_seconds(shapes, qtype, repeats) for qtype in QTYPES}
-    return {"preset": preset, "microseconds": timed, "requantize_s": requantize}
+    result: dict[str, Any] = {"preset": preset, "microseconds": {}, "requantize_s": {}}
+    for (n, k), count in shapes.items():
+        result["microseconds"][f"{n}x{k}"] = {"layers": count, **time_shape(n, k, rows, repeats, bandwidth)}
+        print(f"{n} x {k} done", file=sys.stderr, flush=True)
+        yield result
+    for qtype in QTYPES:
+        result["requantize_s"][qtype] = requantize_seconds(shapes, qtype, repeats)
+    yield result
 
 
 def table(result: dict[str, Any]) -> str:
     """Milliseconds of all layers once, by backend and rows, for people."""
     sums: dict[str, Counter[str]] = {}
+    shapes: Counter[str] = Counter()
     for figures in result["microseconds"].values():
         for kind, times in figures.items():
             if isinstance(times, dict):
+                shapes[kind] += 1
                 for rows, time in times.items():
                     value = time if rows == "floor" else time["median"]
                     sums.setdefault(kind, Counter())[rows] += figures["layers"] * value / 1e3
@@ -137,6 +157,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"{result['preset']}, ms" + " " * 20 + "".join(f"{column:>9}" for column in columns)]
     for kind, values in sums.items():
         cells = (f"{values[column]:9.2f}" if column in values else " " * 9 for column in columns)
-        lines.append(f"{kind:<28}" + "".join(cells))
+        missing = shapes["cublas bf16"] - shapes[kind]
+        lines.append(f"{kind:<28}" + "".join(cells) + (f"   without {missing} shapes" if missing else ""))
     lines += [f"requantize {qtype}: {1e3 * s['median']:.1f} ms" for qtype, s in result["requantize_s"].items()]
     return "\n".join(lines)

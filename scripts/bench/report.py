@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Sequence
 from itertools import combinations
@@ -35,6 +36,9 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 
 def _run_git(*arguments: str) -> str | None:
+    """What git says; `None` where there is no git, or no repository."""
+    if shutil.which("git") is None:
+        return None
     root = Path(__file__).resolve().parent
     done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
@@ -116,6 +120,13 @@ def table(result: dict[str, Any]) -> str:
     lines.append("")
     lines += [f"{pair:<20}{_format_spread(values, 'x')}" for pair, values in result["ratios"].items()]
     return "\n".join(lines)
+
+
+def write_result(result: dict[str, Any], path: Path) -> None:
+    """At once: a process that is killed meanwhile leaves what was there before."""
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_text(json.dumps(result, indent=1) + "\n")
+    scratch.replace(path)
 
 
 def read_result(path: Path) -> dict[str, Any]:
