@@ -16,7 +16,7 @@ FLOORS = tuple(
         "quantize backends choosing kernels verification",
         "law sharding adapters cache kept admission attention layers mirror drafter forms graphs rounds memory "
         "requests rollout selfcheck engine generation",
-        "config reporting following checkpointing mixin trainer model_card",
+        "config fallbacks reporting following checkpointing mixin trainer model_card",
     )
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

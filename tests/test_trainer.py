@@ -27,6 +27,7 @@ from trl_runs import (
 )
 
 from trl_selfspec import SelfSpecEngine, SelfSpecMixin
+from trl_selfspec.fallbacks import input_reason
 from trl_selfspec.mirror import Mirror
 
 
@@ -168,12 +169,12 @@ def test_a_turn_that_falls_back_is_marked_unscored(tmp_path: Path) -> None:
     assert [len(row) for row in later_scores] == [2, 2]
 
 
-def test_token_type_ids_of_a_text_tokenizer_are_not_a_reason_to_fall_back(tmp_path: Path) -> None:
+def test_token_type_ids_of_a_text_tokenizer_are_not_a_reason_to_fall_back() -> None:
     """Chat prompts of many plain tokenizers carry them, and the run would silently train at TRL's speed."""
-    trainer = make_trainer(tmp_path)
-    assert trainer._input_fallback_reason(None, {"token_type_ids": [[0, 0]]}) is None
-    assert "pixel_values" in trainer._input_fallback_reason(None, {"pixel_values": [1]})
-    assert "images" in trainer._input_fallback_reason(["image"], {})
+    model = make_model()
+    assert input_reason(model, None, {"token_type_ids": [[0, 0]]}) is None
+    assert "pixel_values" in (input_reason(model, None, {"pixel_values": [1]}) or "")
+    assert "images" in (input_reason(model, ["image"], {}) or "")
 
 
 def test_conversational_prompts_run(tmp_path: Path) -> None:

@@ -13,9 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import Trainer
-from transformers.generation.utils import GenerationMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import GRPOTrainer
@@ -26,8 +24,8 @@ from trl_selfspec.adapters import base_model
 from trl_selfspec.checkpointing import STATE_FILE, read_state, write_state
 from trl_selfspec.config import SelfSpecConfigMixin
 from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.fallbacks import input_reason, policy_reason, sharding_reason
 from trl_selfspec.following import PolicyFollower
-from trl_selfspec.law import effective_generation_config, unsupported_parameters
 from trl_selfspec.model_card import complete_model_card
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.reporting import RolloutBar, Tally
@@ -36,7 +34,6 @@ from trl_selfspec.stats import RolloutStats
 
 logger = logging.get_logger(__name__)
 
-_GENERATE: Any = vars(GenerationMixin)["generate"]
 FALLBACK_WARNING = "These completions come from TRL's own generation, without speculation: "
 
 # The mixin always stands in front of a TRL trainer; type checkers see the attributes of one.
@@ -118,7 +115,7 @@ class SelfSpecMixin(_Trainer):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
         reason = None
         if self._follower is not None:
-            reason = self._static_fallback_reason() or self._input_fallback_reason(images, multimodal_fields)
+            reason = self._static_fallback_reason() or input_reason(self._policy, images, multimodal_fields)
             if reason is None:
                 return self._pack_rollout(*self._engine_rollout(prompt_ids))
             self._warn_once(FALLBACK_WARNING + reason)
@@ -207,44 +204,12 @@ class SelfSpecMixin(_Trainer):
     def _policy(self) -> Any:
         return self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
 
-    @property
-    def _base_model(self) -> Any:
-        return base_model(self._policy)
-
     def _static_fallback_reason(self) -> str | None:
         """Why no rollout of this run can use the engine; the same on every rank."""
         if self._follower is not None and self._follower.unsupported is not None:
             return self._follower.unsupported
-        if reason := self._sharding_fallback_reason():
-            return reason
-        peft_configs = getattr(self._policy, "peft_config", {})
-        if any(config.is_prompt_learning for config in peft_configs.values()):
-            return "prompt-learning PEFT methods have no weights that a mirror of the policy could merge"
-        if _replaces_generate(self._policy) or _replaces_generate(self._base_model):
-            return "the policy's `generate` is not transformers' own"
-        config = effective_generation_config(self._base_model, self.generation_config)
-        if names := unsupported_parameters(config):
-            return "the engine can't honour " + ", ".join(f"`{name}={getattr(config, name)!r}`" for name in names)
-        return None
-
-    def _sharding_fallback_reason(self) -> str | None:
-        if self._dist.is_fsdp:
-            if self._dist.fsdp_version != 2:
-                return "the policy is sharded by FSDP 1, whose weights can't be gathered alone; use `fsdp_version: 2`"
-            if isinstance(self.accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
-                return "FSDP keeps the policy's weights off the device (`fsdp_offload_params`)"
-        if (self._dist.is_fsdp or self._dist.is_zero3) and self._is_vlm:
-            # TRL's generation is collective here: a process whose prompts hold images would wait for the others.
-            return "the policy is sharded and multimodal"
-        return None
-
-    def _input_fallback_reason(self, images: Any, multimodal_fields: dict[str, Any]) -> str | None:
-        # Some text tokenizers return token type ids; they count only if the model takes them.
-        accepted = inspect.signature(type(self._base_model).forward).parameters
-        fields = [name for name in multimodal_fields if name != "token_type_ids" or name in accepted]
-        if images is None and not fields:
-            return None
-        return "the prompts hold more than text (" + ", ".join(fields or ["images"]) + ")"
+        sharding = sharding_reason(self.accelerator, self._dist, self._is_vlm)
+        return sharding or policy_reason(self._policy, self.generation_config)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
@@ -286,7 +251,7 @@ class SelfSpecMixin(_Trainer):
                 options=options,
                 draft_qtype=options.draft_qtype if engine is None else engine.draft_qtype,
                 run=self._run,
-                base_model_path=get_config_model_id(self._base_model.config),
+                base_model_path=get_config_model_id(base_model(self._policy).config),
             )
 
     # What a checkpoint keeps
@@ -349,12 +314,3 @@ def _check_bases(cls: type) -> None:
         "`_generate_single_turn`: GRPOTrainer, RLOOTrainer, DistillationTrainer and what derives from them. A trainer "
         "that calls `model.generate` itself can be served by `SelfSpecGenerate` instead; see docs/subclassing.md."
     )
-
-
-def _replaces_generate(model: Any) -> bool:
-    """Whether tokens are drawn by code of the model's own, say a repository's `custom_generate`, or by a patch."""
-    of_class, of_instance = getattr(type(model), "generate", None), vars(model).get("generate")
-    wrapper = getattr(of_instance, "__func__", None)
-    if wrapper is not None and wrapper.__globals__["__name__"].startswith("torch.distributed.fsdp"):
-        of_instance = None  # FSDP gathers the weights around transformers' own
-    return of_instance is not None or (isinstance(model, GenerationMixin) and of_class is not _GENERATE)
