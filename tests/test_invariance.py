@@ -65,6 +65,22 @@ def test_samples_do_not_depend_on_who_decodes_together(
     assert output.completion_ids == base.completion_ids
 
 
+@pytest.mark.parametrize("qtype", ["qint4", "qint8"])
+@pytest.mark.parametrize("verification", ["rejection", "coupled"])
+def test_samples_do_not_depend_on_the_callers_default_device(
+    model: PreTrainedModel, verification: str, qtype: str
+) -> None:
+    """Kernels wrote to whatever `torch.set_default_device` made of their results: the process died."""
+    options = SelfSpecOptions(qtype, 3, max_active_sequences=64, verification=verification)  # type: ignore[arg-type]
+    outputs = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)  # which the seed is drawn from
+        with torch.device(device):
+            output = SelfSpecEngine(model, options).generate(PROMPTS, sampling_config(**PROCESSED))
+        outputs.append(output.completion_ids)
+    assert outputs[0] == outputs[1]
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 11])
 def test_samples_do_not_depend_on_the_batch_size(model: PreTrainedModel, batch_size: int) -> None:
     """Prevents a draw that reads the number of rows."""

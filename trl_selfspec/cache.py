@@ -132,7 +132,7 @@ class PagedCache(Cache):
         self._pages: list[list[int]] = [[row + 1] if self.dense else [] for row in range(max_rows)]
         self._free = [] if self.dense else list(range(self.num_pages - 1, TRASH_PAGE, -1))
         self._owners = [0] * self.num_pages
-        self._host_table = torch.zeros(max_rows, self.pages_per_row, dtype=torch.int64)
+        self._host_table = torch.zeros(max_rows, self.pages_per_row, dtype=torch.int64, device="cpu")
         self._table = self._host_table.to(self.device)  # itself on a CPU
         self._stale: set[int] = set()  # rows whose entries the device's table does not have yet
         self._write_table(range(max_rows))
@@ -339,7 +339,7 @@ class PagedCache(Cache):
         for row in rows:
             pages = self._pages[row]
             self._host_table[row] = TRASH_PAGE
-            self._host_table[row, : len(pages)] = torch.tensor(pages, dtype=torch.int64)
+            self._host_table[row, : len(pages)] = torch.tensor(pages, dtype=torch.int64, device="cpu")
             self._stale.add(row)
 
 

@@ -181,7 +181,7 @@ class SelfSpecEngine:
         if not requests:
             return RolloutOutput([], [], [], RolloutStats())
         if seed is None:
-            seed = int(torch.randint(2**63 - 1, ()))
+            seed = int(torch.randint(2**63 - 1, (), device="cpu"))
         elif type(seed) is not int or not -(2**63) <= seed < 2**63:
             raise ValueError(f"`seed={seed!r}` is not supported: use an integer of 64 bits, or None.")
         if self._kept is not None and not keep:

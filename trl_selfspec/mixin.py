@@ -165,7 +165,7 @@ class SelfSpecMixin(_Trainer):
         engine = self._engine
         assert engine is not None, "`_generate` or `generate_ids` builds the engine"
         # From the global generator, like TRL's own sampling: ranks differ, and a resumed run repeats.
-        seed = int(torch.randint(2**63 - 1, ()).item())
+        seed = int(torch.randint(2**63 - 1, (), device="cpu").item())
         show = not self.args.disable_tqdm and self.accelerator.is_local_main_process
         try:
             with profiling_context(self, "selfspec.generate"), RolloutBar(len(prompt_ids), show) as bar:

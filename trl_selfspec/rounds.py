@@ -96,7 +96,7 @@ class PendingRound:
         self.num_rows, self.gamma, self.typical = num_rows, gamma, typical
         self._clock, self._report, self._copied = clock, report, None
         if report.is_cuda:  # the next replay overwrites it
-            self._report = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
+            self._report = torch.empty(report.shape, dtype=report.dtype, device="cpu", pin_memory=True)
             self._report.copy_(report, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()

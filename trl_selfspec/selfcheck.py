@@ -36,7 +36,8 @@ def self_check(mirror: Mirror, context: contextlib.AbstractContextManager) -> No
     weight = mirror.embeddings
     total = max(PROMPT_LENGTHS) + STEPS * STEP_TOKENS
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(weight.shape[0], (len(PROMPT_LENGTHS), total), generator=generator).to(weight.device)
+    shape = len(PROMPT_LENGTHS), total
+    tokens = torch.randint(weight.shape[0], shape, generator=generator, device="cpu").to(weight.device)
     try:
         with context:
             checked, reference = mirror.shortsighted(WINDOW)

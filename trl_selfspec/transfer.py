@@ -13,5 +13,5 @@ def to_device(values: Sequence[Any], device: torch.device) -> Tensor:
     From pinned memory, which torch hands out again only when the copy is done; from pageable memory the host would
     wait for everything the GPU has still to do.
     """
-    host = torch.tensor(values, dtype=torch.int64)
+    host = torch.tensor(values, dtype=torch.int64, device="cpu")
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

@@ -47,7 +47,7 @@ def write_and_attend(
     assert scale > 0 and num_heads % num_kv_heads == 0 and num_slots <= capacity and num_rows < len(keys)
     assert write_index.is_contiguous() and len(write_index) == num_rows * num_steps
     positions = positions.contiguous()
-    out = torch.empty((num_rows, num_steps, num_heads, value_dim), dtype=keys.dtype)
+    out = torch.empty((num_rows, num_steps, num_heads, value_dim), dtype=keys.dtype, device=keys.device)
     job = _STRUCT.pack(
         query.data_ptr(), key.data_ptr(), value.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(),
         positions.data_ptr(), write_index.data_ptr(),

@@ -76,7 +76,7 @@ class PreparedLinear:
         assert k == self.k and x.dtype is self.dtype and x.is_cpu
         if not x.is_contiguous():
             x = x.contiguous()
-        y = torch.empty((*leading, self.n), dtype=self.dtype)
+        y = torch.empty((*leading, self.n), dtype=self.dtype, device=x.device)
         if m := x.numel() // k:
             threads = torch.get_num_threads()
             functions().linear(self.matrix(), threads, m, x.data_ptr(), y.data_ptr(), self.dtype_code)
