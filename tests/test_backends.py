@@ -15,6 +15,17 @@ BF16, FP32 = torch.bfloat16, torch.float32
 pytestmark = pytest.mark.usefixtures("backend_cache")
 
 
+@pytest.mark.parametrize("qtype", QTYPES)
+def test_a_layer_takes_the_backend_it_is_given(qtype: str):
+    """Prevents a benchmark, or the price of a form, that runs another one; and buffers of one that is not used."""
+    layer = QuantizedLinear(256, 32, None, qtype, FP32, "cpu", backends.DEQUANTIZING)
+    layer.requantize_(torch.randn(32, 256))
+    x = torch.randn(3, 256)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.dequantize()))
+    assert layer.backend is backends.DEQUANTIZING and dict(layer.named_buffers()).keys() == set(layer.storage_names)
+    assert QuantizedLinear(256, 32, None, qtype, FP32, "cpu").backend is not backends.DEQUANTIZING
+
+
 def test_dequantizing_on_a_gpu_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     """On fake tensors. What it needs is in the message; fp32 policies have nothing to install."""
     from torch._subclasses.fake_tensor import FakeTensorMode

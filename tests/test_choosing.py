@@ -105,20 +105,6 @@ def test_without_memory_to_measure_layers_are_not_dequantized(
     assert not backend_cache.exists(), "the next process measures"
 
 
-def test_without_a_clock_the_first_that_works_is_taken():
-    """Prevents compiling and timing every kernel for a layer that only prices a form of the drafter."""
-    timer = Timer(first=lambda rows: 9.0, second=lambda rows: 1.0, never=lambda rows: 1.0)
-
-    def never(layer: QuantizedLinear, x: Tensor) -> Tensor:
-        raise AssertionError("compiled for nothing")
-
-    candidates = [backend("wrong", failing), backend("first", max_rows=8), backend("second"), backend("never", never)]
-    table = names(measured(make_layer(), candidates, timer, by_clock=False))
-    assert table == dict.fromkeys((1, 4, 8), "first") | dict.fromkeys(BUCKETS[3:], "second") and not timer.calls
-    timed = names(measured(make_layer(), candidates[1:3], timer))
-    assert set(timed.values()) == {"second"}, "negative control"
-
-
 def failing(layer: QuantizedLinear, x: Tensor) -> Tensor:
     raise RuntimeError("no kernel image")
 

@@ -155,6 +155,9 @@ def _supports_tinygemm(layer: "QuantizedLinear") -> bool:
     return layer.in_features % (16 * TINYGEMM_TILES) == 0 and layer.out_features % TINYGEMM_OUTPUTS == 0
 
 
+DEQUANTIZING = Backend(  # where a second copy of the weights would cost more than the time
+    "dequantized_per_call", lambda layer: True, lambda layer, x: kernels.linear(x, layer.dequantize(), layer.bias)
+)
 BACKENDS = (
     Backend("own_int4", _supports_own_int4, own_int4),
     Backend("torch_int4", _supports_torch_int4, _torch_int4, _torch_int4_storages),
@@ -187,21 +190,17 @@ BACKENDS = (
         holds_weights=True,
     ),
     Backend("tinygemm", _supports_tinygemm, _tinygemm, _tinygemm_storages, TINYGEMM_ROWS, holds_weights=True),
-    Backend(  # elsewhere a second copy of the weights would cost more than the time
-        "dequantized_per_call",
-        lambda layer: True,
-        lambda layer, x: kernels.linear(x, layer.dequantize(), layer.bias),
-    ),
+    DEQUANTIZING,
 )
 
 
-def choose_backend(layer: "QuantizedLinear", by_clock: bool = True) -> Backend:
-    """The first that supports the layer; on CUDA, if clocks may decide, the fastest, by the number of rows."""
+def choose_backend(layer: "QuantizedLinear") -> Backend:
+    """The first that supports the layer; on CUDA the fastest, by the number of rows."""
     supporting = [backend for backend in BACKENDS if backend.supports(layer)]
     if layer.device.type != "cuda":
         return supporting[0]
     *fast, fallback = supporting
-    chosen = measured(layer, fast, by_clock=by_clock)
+    chosen = measured(layer, fast)
     if not chosen and layer.dtype in quantized.DTYPES:
         _warn_of_dequantizing(layer.qtype)
     return by_rows(chosen, fallback) if chosen else fallback

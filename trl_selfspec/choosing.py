@@ -49,7 +49,7 @@ _known: "dict[str, dict[int, str]]" = {}
 
 
 def measured(
-    layer: "QuantizedLinear", backends: "Sequence[Backend]", timer: Timer | None = None, by_clock: bool = True
+    layer: "QuantizedLinear", backends: "Sequence[Backend]", timer: Timer | None = None
 ) -> "dict[int, Backend]":
     """The fastest of the backends for up to so many rows; empty if none works.
 
@@ -58,17 +58,15 @@ def measured(
         backends: candidates, those that need no copies of the weights first among equals.
         timer: device seconds of a call; by default the GPU's own clock. Where there is no GPU to time, backends are
             taken in their order.
-        by_clock: `False` takes the first that works and times nothing.
     """
     if timer is None and not torch.cuda.is_available():
         return {bucket: backend for bucket in BUCKETS for backend in reversed(backends) if _takes(backend, bucket)}
-    key = _key(layer, backends, by_clock)
-    timer = (timer or _cold_seconds) if by_clock else _no_seconds
+    key = _key(layer, backends)
     if key not in _known:
         with torch.cuda.device_of(getattr(layer, layer.storage_names[0])):
             devices = [layer.device] if layer.device.type == "cuda" else []
             with torch.random.fork_rng(devices):  # or a run would draw other samples the first time
-                _known[key] = _read().get(key) or _measured_anew(layer, backends, timer, key)
+                _known[key] = _read().get(key) or _measured_anew(layer, backends, timer or _cold_seconds, key)
     by_name = {backend.name: backend for backend in backends}
     return {bucket: by_name[name] for bucket, name in _known[key].items()}
 
@@ -83,8 +81,6 @@ def _measured_anew(layer: "QuantizedLinear", backends: "Sequence[Backend]", time
     dropped = False
     _fill_with_noise(layer)
     for backend in backends:
-        if timer is _no_seconds and all(seconds.values()):
-            break
         try:
             with _derived(layer, backend), torch.no_grad():
                 for rows in filter(functools.partial(_takes, backend), (*BUCKETS, *BETWEEN)):
@@ -181,16 +177,11 @@ def _cold_seconds(call: Callable[[], object]) -> float:
     return median(laps)
 
 
-def _no_seconds(call: Callable[[], object]) -> float:
-    """All are equal, and the first is taken."""
-    return 0.0
-
-
-def _key(layer: "QuantizedLinear", backends: "Sequence[Backend]", by_clock: bool) -> str:
+def _key(layer: "QuantizedLinear", backends: "Sequence[Backend]") -> str:
     gpu = torch.cuda.get_device_name(layer.device) if layer.device.type == "cuda" else str(layer.device)
     shape = layer.out_features, layer.in_features, layer.bias is not None
     names = [backend.name for backend in backends]
-    return json.dumps((gpu, _versions(), BUCKETS, shape, layer.qtype, str(layer.dtype), names, by_clock))
+    return json.dumps((gpu, _versions(), BUCKETS, shape, layer.qtype, str(layer.dtype), names))
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from trl_selfspec import kernels
 from trl_selfspec.adapters import find_module, lora_factors
+from trl_selfspec.backends import DEQUANTIZING
 from trl_selfspec.mirror import Mirror, MirrorLinear
 from trl_selfspec.quantize import QuantizedLinear
 from trl_selfspec.stats import RolloutStats
@@ -114,8 +115,9 @@ def _live_seconds(like: Tensor, num_rows: int, out_features: int, in_features: i
 
 def _merged_seconds(like: Tensor, qtype: str, out_features: int, in_features: int) -> float:
     weight = like.new_zeros(out_features, in_features)
-    sizes = in_features, out_features
-    layer = QuantizedLinear(*sizes, None, qtype, like.dtype, like.device, by_clock=False)  # else every kernel is tried
+    # On a GPU, choosing would compile and time every kernel; the price then leaves out what the chosen one derives.
+    backend = DEQUANTIZING if like.is_cuda else None
+    layer = QuantizedLinear(in_features, out_features, None, qtype, like.dtype, like.device, backend)
     return _least_seconds(like, lambda: layer.requantize_(weight))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trl_selfspec import kernels
-from trl_selfspec.backends import choose_backend, has_fast_int4, own_int4
+from trl_selfspec.backends import Backend, choose_backend, has_fast_int4, own_int4
 from trl_selfspec.kernels import int4, quantized
 from trl_selfspec.kernels.gpu import runs_triton
 
@@ -57,7 +57,7 @@ class QuantizedLinear(nn.Module):
         qtype: One of `QTYPES`.
         dtype: Of the weights before quantization and after dequantization; also of scales and shifts.
         device: Where the storages live.
-        by_clock: Take the kernel that a clock finds fastest on a GPU; `False`: the first that works.
+        backend: What runs it; `None` for what `choose_backend` finds.
     """
 
     bias: nn.Parameter | None
@@ -78,7 +78,7 @@ class QuantizedLinear(nn.Module):
         qtype: str,
         dtype: torch.dtype,
         device: torch.device | str,
-        by_clock: bool = True,
+        backend: Backend | None = None,
     ):
         super().__init__()
         if qtype not in QTYPES:
@@ -91,8 +91,8 @@ class QuantizedLinear(nn.Module):
         for name, (shape, storage_dtype) in storages.items():
             buffer = torch.zeros(shape, dtype=storage_dtype, device=device)
             self.register_buffer(name, buffer, persistent=False)
-            self.device = buffer.device  # with its index: "cuda" is no tensor's device
-        self.backend = choose_backend(self, by_clock)
+        self.device = self.get_buffer(self.storage_names[0]).device  # with its index: "cuda" is no tensor's device
+        self.backend = choose_backend(self) if backend is None else backend
         for name, buffer in self.backend.derive(self).items():
             self.register_buffer(name, buffer, persistent=False)
         self.prepared: kernels.PreparedLinear | None = None

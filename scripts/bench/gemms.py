@@ -70,10 +70,7 @@ def make_layers(n: int, k: int, qtype: str, backend: Backend, count: int) -> lis
     layers = []
     weight = torch.randn(n, k, dtype=DTYPE, device="cuda")
     for _ in range(count):
-        layer = QuantizedLinear(k, n, None, qtype, DTYPE, "cuda")
-        layer.backend = backend
-        for name, buffer in backend.derive(layer).items():
-            layer.register_buffer(name, buffer, persistent=False)
+        layer = QuantizedLinear(k, n, None, qtype, DTYPE, "cuda", backend)
         layer.requantize_(weight)
         layers.append(layer)
     return layers
