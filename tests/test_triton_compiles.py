@@ -25,18 +25,16 @@ def compiled(kernel, pointers, constants, floats=(), aligned=(), **options):
     constants = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, {name: types.get(name, "i32") for name in names}, constants, aligned)
     binary = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
-    assert binary.asm["cubin"]
-    tensor_cores = "mma" in binary.asm["ptx"]
-    print(binary.metadata.shared, tensor_cores, spilled(binary), "cp.async" in binary.asm["ptx"])
-    return binary.asm["ptx"]
+    stack = re.search(r"STACK:(\\d+)", told(binary, triton.knobs.nvidia.cuobjdump.path, "-res-usage"))[1]
+    ptx = binary.asm["ptx"]
+    print(binary.metadata.shared, "mma" in ptx, stack, "cp.async" in ptx)
+    return binary
 
-def spilled(binary):
+def told(binary, *command):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return re.search(r"STACK:(\\d+)", usage).group(1)
+        return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
 
 TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 """
@@ -74,7 +72,7 @@ def check(kernel, constants, reads, **options):
     pointers = {name: value for name, value in types.items() if name in kernel.arg_names}
     numbers = [name for name in ("row_stride", "vocab") if name in kernel.arg_names]
     floats = [name for name in ("scale",) if name in kernel.arg_names]
-    ptx = compiled(kernel, pointers, named, floats, numbers, **options)
+    ptx = compiled(kernel, pointers, named, floats, numbers, **options).asm["ptx"]
     assert ptx.count("ld.global.v4") >= reads * CHUNK // (32 * options.get("num_warps", 4)) // (16 // int(sys.argv[3]))
 
 for seeks, keeps in ((NO_WORD, False), (NO_WORD, True), (BEST, False), (BEST_WITH_NOISE, False)):
@@ -141,6 +139,28 @@ compiled(_linear_int4, pointers | int4, constants | {"GROUP": 128}, aligned=("N"
 for fp8 in (False, True):
     eight = {"codes": "*u8", "scale": "*" + dtype}
     compiled(_linear_8bit, pointers | eight, constants | {"FP8": fp8}, aligned=("N", "K"), num_warps=NUM_WARPS)
+"""
+INSTRUCTIONS = """
+dtype, rows, warps = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+n, k = 3584, 18944
+from trl_selfspec.kernels.cuda.linear import STAGES, _linear_int4, num_splits, tiling
+
+tile_m, tile_n = tiling(rows, n, num_splits(n, k // 128))
+constants = {"SPLITS": num_splits(n, k // 128), "GROUP": 128, "STEP": 128, "WHOLE": True, "BIAS": False}
+constants |= {"TILE_M": tile_m, "TILE_N": tile_n, "STAGES": STAGES, "ASSEMBLER": True}
+pointers = {name: "*" + dtype for name in ("x", "bias", "out")} | {"sums": "*fp32", "counters": "*i32"}
+pointers |= {"packed": "*u8", "scale_shift": "*i32"}
+binary = compiled(_linear_int4, pointers, constants, aligned=("N", "K"), num_warps=warps)
+
+places, loops, place = {}, [], 0
+for line in told(binary, triton.knobs.nvidia.nvdisasm.path, "-c").splitlines():
+    if label := re.match(r"(\\.L_\\w+):", line):
+        places[label[1]] = place
+    elif re.match(r"\\s+/\\*[0-9a-f]+\\*/", line):
+        place += 1
+        if branch := re.search(r"BRA.*`\\((\\.L_\\w+)\\)", line):
+            loops.append(place - places.get(branch[1], place))
+print(max(loops) * 32 * warps / (128 * tile_n))
 """
 QUANTIZE = """
 from trl_selfspec.kernels.cuda.quantize import BYTES_AT_ONCE, COLUMNS_AT_ONCE, _quantize_4bit, _quantize_8bit
@@ -228,6 +248,15 @@ def test_linear_layers_compile(capability: str, dtype: str, n: int, k: int, rows
     """Narrow and wide tiles, few and many rows: on tensor cores, weights copied ahead, nothing spilled."""
     for shared, tensor_cores, spilled, copies_ahead in usage(LINEAR, capability, dtype, n, k, rows):
         assert shared <= SMALLEST_SHARED_MEMORY and tensor_cores and copies_ahead and spilled <= SPILLED
+
+
+@pytest.mark.parametrize(("rows", "most"), [(8, 2.4), (16, 3.1), (32, 4.3)])
+def test_int4_weights_take_few_instructions(rows: int, most: float, lines):
+    """Per weight and thread, in the loop. An H200's SM can issue about 4 while a weight arrives (0.53 bytes, 4.3 TB/s,
+    at 1.98 GHz).
+    """
+    assert float(lines(INSTRUCTIONS, "90", "bf16", rows, 2)[-1][0]) <= most
+    assert float(lines(INSTRUCTIONS, "90", "bf16", rows, 4)[-1][0]) > most, "negative control"
 
 
 @pytest.mark.parametrize("capability", ["80", "90"])

@@ -106,7 +106,7 @@ def close(layer: Int4, x: Tensor, y: Tensor, exact: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
-@pytest.mark.parametrize("m", [1, 5, 16, 17, 64])
+@pytest.mark.parametrize("m", [1, 5, 9, 16, 17, 64])
 @pytest.mark.parametrize(("n", "k", "group_size"), [(70, 512, 128), (5, 192, 96), (64, 128, 64), (130, 96, 32)])
 def test_int4_equals_its_twin(dtype: torch.dtype, m: int, n: int, k: int, group_size: int):
     """Tiles that are not full, each group size, bias. Negative controls: the result without bias, and another code."""
@@ -202,12 +202,14 @@ def test_rows_do_not_see_their_neighbours(kind: str, dtype: torch.dtype):
     assert torch.equal(layer(x)[0], together[0])
 
 
-def test_many_columns(triton_linear: ModuleType):
-    """Wide tiles and a layer without splits, as an output head's."""
-    n = 25_400
-    assert triton_linear.num_splits(n, 2) == 1 and triton_linear.tiling(1, 2 * n, 1)[1] == triton_linear.WIDE
+@pytest.mark.parametrize(("m", "tile"), [(1, (8, 128)), (9, (16, 128)), (33, (32, 64))])
+def test_many_columns(m: int, tile: tuple[int, int], triton_linear: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    """Wide tiles, unless they would be spilled, and a layer without splits, as an output head's."""
+    monkeypatch.setattr(triton_linear, "PROGRAMS", 9)
+    n = 1100
+    assert triton_linear.num_splits(n, 2) == 1 and triton_linear.tiling(m, n, 1) == tile
     layer = Int4(n, 64, 32)
-    x = activations(1, layer)
+    x = activations(m, layer)
     assert close(layer, x, layer(x), layer.twin(x))
 
 

@@ -13,19 +13,22 @@ import triton.language as tl
 
 
 # Bytes 0x43 and code make the bf16 number 128 + code, 0x64 and code the fp16 number 1024 + code. Four bytes come in;
-# two registers of low codes leave, then two of high ones.
+# two registers of low codes leave, two of high ones, two of ones.
 _NIBBLES = """{
     .reg .b32 low, high;
-    and.b32 low, $4, 0x0F0F0F0F;
-    shr.b32 high, $4, 4;
+    and.b32 low, $6, 0x0F0F0F0F;
+    shr.b32 high, $6, 4;
     and.b32 high, high, 0x0F0F0F0F;
     prmt.b32 $0, low, EXPONENT, 0x4140;
     prmt.b32 $1, low, EXPONENT, 0x4342;
     prmt.b32 $2, high, EXPONENT, 0x4140;
     prmt.b32 $3, high, EXPONENT, 0x4342;
+    mov.b32 $4, ONES;
+    mov.b32 $5, ONES;
 }"""
-BF16_NIBBLES = tl.constexpr(_NIBBLES.replace("EXPONENT", "0x43434343"))
-FP16_NIBBLES = tl.constexpr(_NIBBLES.replace("EXPONENT", "0x64646464"))
+BF16_NIBBLES = tl.constexpr(_NIBBLES.replace("EXPONENT", "0x43434343").replace("ONES", "0x3F803F80"))
+FP16_NIBBLES = tl.constexpr(_NIBBLES.replace("EXPONENT", "0x64646464").replace("ONES", "0x3C003C00"))
+SIX_FROM_ONE = tl.constexpr("=r,=r,=r,=r,=r,=r,r")
 
 # 128 + the lower seven bits, minus 128, or minus 256 where the sign is set: the sign's place is the exponent's last.
 INT8_TO_BF16 = tl.constexpr("""{
@@ -85,23 +88,27 @@ E4M3_TO_FP32 = tl.constexpr(2.0**120)
 
 @triton.jit
 def nibbles(byte, DTYPE: tl.constexpr, ASSEMBLER: tl.constexpr):
-    """Low and high code of each byte, plus 128 (bf16), 1024 (fp16) or nothing (fp32)."""
+    """Low and high code of each byte, plus 128 (bf16), 1024 (fp16) or nothing (fp32); and as many ones, in the layout
+    of the codes: Triton lays a constant out in its own way, and then cannot copy the other operand of both ahead.
+    """
     if ASSEMBLER and tl.bfloat16 == DTYPE:
-        low, high = tl.inline_asm_elementwise(
-            BF16_NIBBLES, "=r,=r,=r,=r,r", [byte], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        low, high, ones = tl.inline_asm_elementwise(
+            BF16_NIBBLES, SIX_FROM_ONE, [byte], dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
         )
     elif ASSEMBLER and tl.float16 == DTYPE:
-        low, high = tl.inline_asm_elementwise(
-            FP16_NIBBLES, "=r,=r,=r,=r,r", [byte], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        low, high, ones = tl.inline_asm_elementwise(
+            FP16_NIBBLES, SIX_FROM_ONE, [byte], dtype=(tl.float16, tl.float16, tl.float16), is_pure=True, pack=4
         )
-    elif tl.float32 == DTYPE:
-        low = ((byte & 15).to(tl.int32) | TWO_23).to(tl.float32, bitcast=True) - 8388608.0
-        high = ((byte >> 4).to(tl.int32) | TWO_23).to(tl.float32, bitcast=True) - 8388608.0
     else:
-        exponent: tl.constexpr = 0x4300 if tl.bfloat16 == DTYPE else 0x6400
-        low = ((byte & 15).to(tl.int16) | exponent).to(DTYPE, bitcast=True)
-        high = ((byte >> 4).to(tl.int16) | exponent).to(DTYPE, bitcast=True)
-    return low, high
+        ones = tl.full(byte.shape, 1.0, DTYPE)
+        if tl.float32 == DTYPE:
+            low = ((byte & 15).to(tl.int32) | TWO_23).to(tl.float32, bitcast=True) - 8388608.0
+            high = ((byte >> 4).to(tl.int32) | TWO_23).to(tl.float32, bitcast=True) - 8388608.0
+        else:
+            exponent: tl.constexpr = 0x4300 if tl.bfloat16 == DTYPE else 0x6400
+            low = ((byte & 15).to(tl.int16) | exponent).to(DTYPE, bitcast=True)
+            high = ((byte >> 4).to(tl.int16) | exponent).to(DTYPE, bitcast=True)
+    return low, high, ones
 
 
 @triton.jit

@@ -1,9 +1,11 @@
 """Linear layers over quantized weights for few rows, in Triton: int4 in groups, int8 and fp8 with a scale per row.
 
 Decoding waits for the weights, so each byte is read once, 16 at a time, several steps ahead, and becomes a tensor
-core's operand in registers. int4 codes come with a power of two on top (see `codes`), which sums of activations take
-out again together with the shifts, once per group. Narrow layers are split along K so that every SM has work; the last
-program to arrive adds the parts in their order.
+core's operand in registers. An SM can hardly issue the instructions for that as fast as int4 weights arrive, so few
+are spent on anything else: weights are the left operand and activations the right one, which may be 8 columns narrow.
+Codes come with a power of two on top (see `codes`), which sums of activations take out again together with the shifts,
+once per group; tensor cores compute the sums too, against ones. Narrow layers are split along K so that every SM has
+work; the last program to arrive adds the parts in their order.
 
 Steps and splits along K follow from the layer alone, tiles of rows and columns also from the number of rows: a row's
 result does not depend on how many others there are.
@@ -20,13 +22,14 @@ from trl_selfspec.kernels.cuda.codes import code_8bit, nibbles, scale_and_shift
 from trl_selfspec.kernels.quantized import MAX_ROWS
 
 
-PROGRAMS = 396  # three for each of an H100's SMs: enough bytes under way, few enough parts to add
-MAX_SPLITS = 8
+PROGRAMS = 1056  # eight for each of an H100's SMs: they hide each other's waiting
+MAX_SPLITS = 16
 MIN_STEPS = 2  # along K, of a split
 STEP_8BIT = 128  # columns
-STAGES, NUM_WARPS = 4, 4
-NARROW, WIDE = 64, 128  # columns of a tile
-LOW, HIGH = 16, 32  # rows of a tile; with more, Hopper's own instructions would want weights in shared memory
+STAGES = 4
+NUM_WARPS = 2  # with four, Triton takes Hopper's own instructions, which want twice as many others around them
+NARROW, WIDE = 64, 128  # outputs of a tile
+ROWS = 8, 16, 32  # of a tile
 
 
 @triton.jit
@@ -70,32 +73,33 @@ def _linear_int4(
     DTYPE: tl.constexpr = x.dtype.element_ty
     OFFSET: tl.constexpr = 128 if tl.bfloat16 == DTYPE else 1024 if tl.float16 == DTYPE else 0
     byte = tl.arange(0, STEP // 2)
-    weights = packed + row[None, :] * (num_groups * (GROUP // 2)) + byte[:, None]
+    weights = packed + row[:, None] * (num_groups * (GROUP // 2)) + byte[None, :]
     column = byte // 16 * 32 + byte % 16
-    rows = x + m.to(tl.int64)[:, None] * K + column[None, :]
+    rows = x + m.to(tl.int64)[None, :] * K + column[:, None]
     pairs = scale_shift + row * num_groups
-    acc = tl.zeros([TILE_M, TILE_N], tl.float32)
+    acc = tl.zeros([TILE_N, TILE_M], tl.float32)
 
     steps = num_groups * (GROUP // STEP)
     steps_per_split = tl.cdiv(steps, SPLITS)
     first = tl.program_id(1) * steps_per_split
     for step in tl.range(first, tl.minimum(first + steps_per_split, steps), num_stages=STAGES):
         if WHOLE:
-            x_low = tl.load(rows + step * STEP, mask=(m < M)[:, None], other=0.0)
-            x_high = tl.load(rows + step * STEP + 16, mask=(m < M)[:, None], other=0.0)
+            x_low = tl.load(rows + step * STEP, mask=(m < M)[None, :], other=0.0)
+            x_high = tl.load(rows + step * STEP + 16, mask=(m < M)[None, :], other=0.0)
         else:
             left = K - step * STEP
-            x_low = tl.load(rows + step * STEP, mask=(m < M)[:, None] & (column < left)[None, :], other=0.0)
-            x_high = tl.load(rows + step * STEP + 16, mask=(m < M)[:, None] & (column + 16 < left)[None, :], other=0.0)
+            x_low = tl.load(rows + step * STEP, mask=(m < M)[None, :] & (column < left)[:, None], other=0.0)
+            x_high = tl.load(rows + step * STEP + 16, mask=(m < M)[None, :] & (column + 16 < left)[:, None], other=0.0)
         pair = tl.load(pairs + step // (GROUP // STEP))
-        low, high = nibbles(tl.load(weights + step * (STEP // 2)), DTYPE, ASSEMBLER)
-        product = tl.dot(x_low, low, input_precision="ieee")
-        product = tl.dot(x_high, high, product, input_precision="ieee")
-        total = tl.sum(x_low.to(tl.float32) + x_high.to(tl.float32), 1)
+        low, high, ones = nibbles(tl.load(weights + step * (STEP // 2)), DTYPE, ASSEMBLER)
+        product = tl.dot(low, x_low, input_precision="ieee")
+        product = tl.dot(high, x_high, product, input_precision="ieee")
+        total = tl.dot(ones, x_low, input_precision="ieee")
+        total = tl.dot(ones, x_high, total, input_precision="ieee")
         scale, shift = scale_and_shift(pair, DTYPE)
-        acc += product * scale[None, :]
-        acc -= total[:, None] * (OFFSET * scale + shift)[None, :]
-    _finish(acc, bias, out, sums, counters, m, n, M, N, tile, SPLITS, BIAS)
+        acc += product * scale[:, None]
+        acc -= total * (OFFSET * scale + shift)[:, None]
+    _finish(tl.trans(acc), bias, out, sums, counters, m, n, M, N, tile, SPLITS, BIAS)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -111,9 +115,9 @@ def _linear_8bit(
     row = tl.minimum(n, N - 1).to(tl.int64)
     DTYPE: tl.constexpr = x.dtype.element_ty
     column = tl.arange(0, STEP)
-    weights = codes + row[None, :] * K + column[:, None]
-    rows = x + m.to(tl.int64)[:, None] * K + column[None, :]
-    acc = tl.zeros([TILE_M, TILE_N], tl.float32)
+    weights = codes + row[:, None] * K + column[None, :]
+    rows = x + m.to(tl.int64)[None, :] * K + column[:, None]
+    acc = tl.zeros([TILE_N, TILE_M], tl.float32)
 
     steps = tl.cdiv(K, STEP)
     steps_per_split = tl.cdiv(steps, SPLITS)
@@ -121,14 +125,14 @@ def _linear_8bit(
     for step in tl.range(first, tl.minimum(first + steps_per_split, steps), num_stages=STAGES):
         if WHOLE:
             byte = tl.load(weights + step * STEP)
-            part = tl.load(rows + step * STEP, mask=(m < M)[:, None], other=0.0)
+            part = tl.load(rows + step * STEP, mask=(m < M)[None, :], other=0.0)
         else:
             inside = step * STEP + column < K
-            byte = tl.load(weights + step * STEP, mask=inside[:, None], other=0)
-            part = tl.load(rows + step * STEP, mask=(m < M)[:, None] & inside[None, :], other=0.0)
-        acc = tl.dot(part, code_8bit(byte, DTYPE, FP8, ASSEMBLER), acc, input_precision="ieee")
-    acc *= tl.load(scale + row).to(tl.float32)[None, :]
-    _finish(acc, bias, out, sums, counters, m, n, M, N, tile, SPLITS, BIAS)
+            byte = tl.load(weights + step * STEP, mask=inside[None, :], other=0)
+            part = tl.load(rows + step * STEP, mask=(m < M)[None, :] & inside[:, None], other=0.0)
+        acc = tl.dot(code_8bit(byte, DTYPE, FP8, ASSEMBLER), part, acc, input_precision="ieee")
+    acc *= tl.load(scale + row).to(tl.float32)[:, None]
+    _finish(tl.trans(acc), bias, out, sums, counters, m, n, M, N, tile, SPLITS, BIAS)
 
 
 COMPILED = isinstance(_linear_int4, triton.JITFunction)  # the interpreter knows no assembler
@@ -141,16 +145,17 @@ def num_splits(n: int, steps: int) -> int:
 
 
 def tiling(m: int, n: int, splits: int) -> tuple[int, int]:
-    """Rows and columns of a tile. Wide tiles share the work on activations; narrow ones fill the GPU."""
-    rows = LOW if m <= LOW else HIGH
-    return rows, WIDE if triton.cdiv(m, rows) * triton.cdiv(n, WIDE) * splits >= PROGRAMS else NARROW
+    """Rows and outputs of a tile. Wide tiles share the work on activations; narrow ones fill the GPU."""
+    rows = next((rows for rows in ROWS if m <= rows), ROWS[-1])
+    fills = triton.cdiv(n, WIDE) * splits >= PROGRAMS
+    return rows, WIDE if fills and rows < ROWS[-1] else NARROW  # the widest tile of the most rows would be spilled
 
 
 def make_counters(n: int, device: torch.device) -> Tensor:
     """What the programs of a layer with `n` outputs count themselves in; zero before and after each call, so calls
     on different streams need different ones.
     """
-    return torch.zeros(triton.cdiv(n, NARROW) * triton.cdiv(MAX_ROWS, LOW), dtype=torch.int32, device=device)
+    return torch.zeros(triton.cdiv(n, NARROW) * triton.cdiv(MAX_ROWS, ROWS[-1]), dtype=torch.int32, device=device)
 
 
 def _launch(
