@@ -24,6 +24,7 @@ def compiled(kernel, pointers, constants, floats=(), aligned=(), **options):
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, *aligned)}
     constants = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, {name: types.get(name, "i32") for name in names}, constants, aligned)
+    options = {"enable_fp_fusion": True} | options  # as `launch` does
     binary = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
     stack = re.search(r"STACK:(\\d+)", told(binary, triton.knobs.nvidia.cuobjdump.path, "-res-usage"))[1]
     ptx = binary.asm["ptx"]

@@ -6,19 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from triton_cases import BF16, DEVICE, FP16, FP32, ON_GPU
 
 from trl_selfspec.kernels import int4
 
 
-pytest.importorskip("triton", reason="triton is not installed")
-ON_GPU = torch.cuda.is_available()
-if not ON_GPU and tuple(map(int, pytest.importorskip("numpy").__version__.split(".")[:2])) >= (2, 4):
-    pytest.skip("Triton's interpreter needs numpy < 2.4", allow_module_level=True)
-
-FP16, FP32 = torch.float16, torch.float32
-BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)  # the interpreter multiplies its bits as integers
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
-DEVICE = "cuda" if ON_GPU else "cpu"
 # The interpreter's way to a loop's bounds.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 # Of the magnitudes that are summed: fp32 sums of up to a few thousand terms, of which int4 codes in fp16 are offset by

@@ -3,20 +3,14 @@
 import pytest
 import torch
 from torch import Tensor
+from triton_cases import BF16, DEVICE, FP16, FP32
 
 from trl_selfspec.kernels import int4
 from trl_selfspec.kernels.quantized import quantizes_4bit_on_gpu
 from trl_selfspec.quantize import _quantize_4bit, _quantize_8bit, quanto_group_size
 
 
-pytest.importorskip("triton", reason="triton is not installed")
-ON_GPU = torch.cuda.is_available()
-if not ON_GPU and tuple(map(int, pytest.importorskip("numpy").__version__.split(".")[:2])) >= (2, 4):
-    pytest.skip("Triton's interpreter needs numpy < 2.4", allow_module_level=True)
-
-BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)  # the interpreter truncates instead of rounding
-DTYPES = [torch.float32, torch.float16, BF16]
-DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPES = [FP32, FP16, BF16]
 pytestmark = [
     # The interpreter's way to a loop's bounds; what numpy says to inf - inf and 0 / 0.
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trl_selfspec.kernels.cuda.launch import launch
+
 
 SPLIT = 256  # slots per program: enough programs for a few rows, while partial sums stay small against keys and values
 WIDE_TILE = 64  # queries whose partial sums would be half as large as 256 slots' keys and values: twice the slots
@@ -169,12 +171,12 @@ def write(
     value_dim = value.shape[3]
     key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (key, value))
     assert keys.is_contiguous() and values.is_contiguous() and write_index.is_contiguous()
-    with torch.cuda.device_of(keys):
-        _write_slot[(num_rows * num_steps,)](  # pyright: ignore[reportIndexIssue]
-            key, value, addresses, write_index, num_steps, *key.stride()[:3], *value.stride()[:3],
-            triton_dtype(keys.dtype), num_heads, dim, value_dim,
-            *map(triton.next_power_of_2, (num_heads, dim, value_dim)),
-        )  # fmt: skip
+    launch(
+        _write_slot, (num_rows * num_steps,),
+        key, value, addresses, write_index, num_steps, *key.stride()[:3], *value.stride()[:3],
+        triton_dtype(keys.dtype), num_heads, dim, value_dim,
+        *map(triton.next_power_of_2, (num_heads, dim, value_dim)),
+    )  # fmt: skip
 
 
 def tiling(num_queries: int, dim: int, value_dim: int, itemsize: int) -> tuple[int, int, int, int]:
@@ -230,15 +232,16 @@ def attend(
     statistics = query.new_empty((*places, 2), dtype=torch.float32)
     out = query.new_empty((num_rows, num_steps, num_heads, value_dim))
     scale, cap = (scale * LOG2E.value, 0.0) if softcap is None else (scale / softcap, softcap * LOG2E.value)
-    with torch.cuda.device_of(keys):
-        _attend_split[grid](  # pyright: ignore[reportIndexIssue]
-            query, addresses, table, positions, sums, statistics, *query.stride()[:3], table.stride(0),
-            num_steps, groups, num_slots, window, scale, cap,
-            num_kv_heads, dim, value_dim, page_size, softcap is not None, tile, block, dims, value_dims,
-            split, num_warps=num_warps(tile, value_dims),
-        )  # fmt: skip
-        _combine[(num_rows * num_steps, num_heads)](  # pyright: ignore[reportIndexIssue]
-            sums, statistics, positions, sums if sinks is None else sinks, out, num_steps, num_slots, window,
-            sinks is not None, value_dim, value_dims, split, COMBINED,
-        )  # fmt: skip
+    launch(
+        _attend_split, grid,
+        query, addresses, table, positions, sums, statistics, *query.stride()[:3], table.stride(0),
+        num_steps, groups, num_slots, window, scale, cap,
+        num_kv_heads, dim, value_dim, page_size, softcap is not None, tile, block, dims, value_dims,
+        split, num_warps=num_warps(tile, value_dims),
+    )  # fmt: skip
+    launch(
+        _combine, (num_rows * num_steps, num_heads),
+        sums, statistics, positions, sums if sinks is None else sinks, out, num_steps, num_slots, window,
+        sinks is not None, value_dim, value_dims, split, COMBINED,
+    )  # fmt: skip
     return out

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trl_selfspec.kernels.cuda.attention import storage, triton_dtype
+from trl_selfspec.kernels.cuda.launch import launch
 from trl_selfspec.kernels.norm import FastRMSNorm
 from trl_selfspec.kernels.parts import Pages
 
@@ -72,12 +73,12 @@ def _add_and_norm(
     total = x if residual is None else torch.empty(x.shape, dtype=sum_dtype, device=x.device)
     normed = torch.empty(x.shape, dtype=dtype or promoted, device=x.device)
     columns = triton.next_power_of_2(size)
-    with torch.cuda.device_of(x):
-        _add_rms_norm[(len(flat),)](  # pyright: ignore[reportIndexIssue]
-            flat, other, weight, total, normed, flat.stride(0), other.stride(0), eps,
-            residual is not None, triton_dtype(sum_dtype), triton_dtype(promoted), size, columns,
-            num_warps=min(16, max(1, columns // 512)),
-        )  # fmt: skip
+    launch(
+        _add_rms_norm, (len(flat),),
+        flat, other, weight, total, normed, flat.stride(0), other.stride(0), eps,
+        residual is not None, triton_dtype(sum_dtype), triton_dtype(promoted), size, columns,
+        num_warps=min(16, max(1, columns // 512)),
+    )  # fmt: skip
     return total, normed
 
 
@@ -167,14 +168,14 @@ def rotate_and_write(
         dtypes.append(torch.promote_types(states.dtype, weights[-1].dtype))
         dtypes.append(torch.promote_types(dtypes[-1], cos.dtype))
     blocks = triton.cdiv(num_heads, HEADS_AT_ONCE) + 2 * triton.cdiv(num_kv_heads, HEADS_AT_ONCE)
-    with torch.cuda.device_of(query):
-        _rotate_and_write[(num_rows * num_steps, blocks)](  # pyright: ignore[reportIndexIssue]
-            query, key, value, cos, sin, *weights, out, pages.addresses, pages.owner.write_index,
-            query.stride(0), key.stride(0), value.stride(0), angle_row, num_steps,
-            *(0.0 if norm is None else norm.eps for norm in norms),
-            *(norm is not None for norm in norms), angles is not None, *map(triton_dtype, (stored, *dtypes)),
-            num_heads, num_kv_heads, dim, triton.next_power_of_2(dim // 2), HEADS_AT_ONCE, num_warps=1,
-        )  # fmt: skip
+    launch(
+        _rotate_and_write, (num_rows * num_steps, blocks),
+        query, key, value, cos, sin, *weights, out, pages.addresses, pages.owner.write_index,
+        query.stride(0), key.stride(0), value.stride(0), angle_row, num_steps,
+        *(0.0 if norm is None else norm.eps for norm in norms),
+        *(norm is not None for norm in norms), angles is not None, *map(triton_dtype, (stored, *dtypes)),
+        num_heads, num_kv_heads, dim, triton.next_power_of_2(dim // 2), HEADS_AT_ONCE, num_warps=1,
+    )  # fmt: skip
     return out.transpose(1, 2)
 
 
@@ -196,10 +197,10 @@ def silu_mul(
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     size = gate.shape[-1]
     gate, up = _rows(gate), _rows(up)
-    with torch.cuda.device_of(gate):
-        _silu_mul[(len(gate), triton.cdiv(size, ACTIVATIONS_AT_ONCE))](  # pyright: ignore[reportIndexIssue]
-            gate, up, out, gate.stride(0), up.stride(0), size, ACTIVATIONS_AT_ONCE, num_warps=4
-        )
+    launch(
+        _silu_mul, (len(gate), triton.cdiv(size, ACTIVATIONS_AT_ONCE)),
+        gate, up, out, gate.stride(0), up.stride(0), size, ACTIVATIONS_AT_ONCE, num_warps=4
+    )  # fmt: skip
     return out
 
 

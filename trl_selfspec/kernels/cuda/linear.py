@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trl_selfspec.kernels.cuda.codes import code_8bit, nibbles, scale_and_shift
+from trl_selfspec.kernels.cuda.launch import launch
 from trl_selfspec.kernels.quantized import MAX_ROWS
 
 
@@ -169,12 +170,12 @@ def _launch(
     assert num_tiles <= len(counters)
     out = x.new_empty((m, n))
     sums = x.new_empty((splits, m, n), dtype=torch.float32) if splits > 1 else out
-    with torch.cuda.device_of(x):
-        kernel[num_tiles, splits](
-            x, *weights, out if bias is None else bias, out, sums, counters, m, n, *sizes,
-            SPLITS=splits, BIAS=bias is not None, TILE_M=tile_m, TILE_N=tile_n, STAGES=STAGES,
-            ASSEMBLER=COMPILED, **constants, num_warps=NUM_WARPS,
-        )  # fmt: skip
+    launch(
+        kernel, (num_tiles, splits),
+        x, *weights, out if bias is None else bias, out, sums, counters, m, n, *sizes,
+        SPLITS=splits, BIAS=bias is not None, TILE_M=tile_m, TILE_N=tile_n, STAGES=STAGES,
+        ASSEMBLER=COMPILED, **constants, num_warps=NUM_WARPS,
+    )  # fmt: skip
     return out
 
 

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from trl_selfspec.kernels.cuda.launch import launch
+
 
 @triton.jit
 def _store_one(x):
@@ -13,6 +15,5 @@ def _store_one(x):
 def works(device: torch.device) -> bool:
     """Whether a kernel wrote what it should; raises what Triton raises where it finds no compiler or no driver."""
     x = torch.zeros(1, device=device)
-    with torch.cuda.device_of(x):
-        _store_one[(1,)](x)  # pyright: ignore[reportIndexIssue]
+    launch(_store_one, (1,), x)
     return bool(x)

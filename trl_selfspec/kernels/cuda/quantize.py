@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trl_selfspec.kernels.cuda.launch import launch
 from trl_selfspec.kernels.quantized import quantizes_4bit_on_gpu
 
 
@@ -132,11 +133,11 @@ def quantize_4bit(
     )
     width = triton.next_power_of_2(size // 2)
     groups = BYTES_AT_ONCE // width
-    with torch.cuda.device_of(packed):
-        _quantize_4bit[(triton.cdiv(n * groups_per_row, groups),)](  # pyright: ignore[reportIndexIssue]
-            weight, packed, scale_shift, n * groups_per_row, k, groups_per_row, weight.stride(0),
-            size, width, groups, k == groups_per_row * size,
-        )  # fmt: skip
+    launch(
+        _quantize_4bit, (triton.cdiv(n * groups_per_row, groups),),
+        weight, packed, scale_shift, n * groups_per_row, k, groups_per_row, weight.stride(0),
+        size, width, groups, k == groups_per_row * size,
+    )  # fmt: skip
 
 
 def quantize_8bit(
@@ -148,7 +149,7 @@ def quantize_8bit(
     n, k = weight.shape
     assert codes.is_contiguous() and scale.is_contiguous() and weight.stride(1) == 1
     block = min(COLUMNS_AT_ONCE, triton.next_power_of_2(k))
-    with torch.cuda.device_of(codes):
-        _quantize_8bit[(n,)](  # pyright: ignore[reportIndexIssue]
-            weight, codes.view(torch.uint8), scale, k, weight.stride(0), block, codes.dtype is torch.float8_e4m3fn
-        )
+    launch(
+        _quantize_8bit, (n,),
+        weight, codes.view(torch.uint8), scale, k, weight.stride(0), block, codes.dtype is torch.float8_e4m3fn
+    )  # fmt: skip

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trl_selfspec.kernels.cuda.launch import launch
 from trl_selfspec.kernels.cuda.sampling import (
     CHUNK,
     NUM_WARPS,
@@ -104,7 +105,8 @@ def _recover(
     maximum, total = tl.load(laws + 2 * row), tl.load(laws + 2 * row + 1)
     chunk = tl.arange(0, CHUNKS)
     seen = chunk < num_chunks
-    left = tl.load(masses + row * num_chunks + chunk, mask=seen & (count < gamma), other=0.0).to(tl.float64)
+    rejected = chunk < tl.where(count < gamma, num_chunks, 0)
+    left = tl.load(masses + row * num_chunks + chunk, mask=rejected, other=0.0).to(tl.float64)
     is_residual = tl.sum(left, 0) > 0  # not where it is NaN
     maxima, totals = load_statistics(statistics, at, num_chunks, chunk, seen)
     chosen = tl.where(is_residual, left, chunk_masses(maxima, totals, maximum))
@@ -144,21 +146,23 @@ def verify(
     drafts, row_ids, positions = drafts.contiguous(), row_ids.contiguous(), positions.contiguous()
     num_accepted, tokens = drafts.new_empty((num_rows,)), drafts.new_empty((num_rows, gamma + 1))
     logprobs, laws = (rows.new_empty((num_rows, width), dtype=torch.float32) for width in (gamma + 1, 2))
-    with torch.cuda.device_of(rows):
-        statistics = measure(rows, chunk)
-        num_chunks = statistics.shape[2]
-        masses = rows.new_empty((num_rows, num_chunks), dtype=torch.float32)
-        _judge[(num_rows,)](  # pyright: ignore[reportIndexIssue]
-            rows, statistics, drafts, draft_laws, num_accepted, tokens, logprobs, laws, seed, row_ids, positions,
-            rows.stride(0), num_chunks, longest, gamma, padded(num_chunks), padded(gamma + 1),
-        )  # fmt: skip
-        _leftover[num_chunks, num_rows](  # pyright: ignore[reportIndexIssue]
-            rows, draft_scores, draft_laws, num_accepted, laws, masses, rows.stride(0), vocab, longest, gamma,
-            chunk, num_warps=NUM_WARPS,
-        )  # fmt: skip
-        _recover[(num_rows,)](  # pyright: ignore[reportIndexIssue]
-            rows, statistics, draft_scores, draft_laws, num_accepted, laws, masses, tokens, logprobs,
-            seed, row_ids, positions, rows.stride(0), vocab, num_chunks, longest, gamma,
-            chunk, padded(num_chunks), num_warps=8,
-        )  # fmt: skip
+    statistics = measure(rows, chunk)
+    num_chunks = statistics.shape[2]
+    masses = rows.new_empty((num_rows, num_chunks), dtype=torch.float32)
+    launch(
+        _judge, (num_rows,),
+        rows, statistics, drafts, draft_laws, num_accepted, tokens, logprobs, laws, seed, row_ids, positions,
+        rows.stride(0), num_chunks, longest, gamma, padded(num_chunks), padded(gamma + 1),
+    )  # fmt: skip
+    launch(
+        _leftover, (num_chunks, num_rows),
+        rows, draft_scores, draft_laws, num_accepted, laws, masses, rows.stride(0), vocab, longest, gamma,
+        chunk, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    launch(
+        _recover, (num_rows,),
+        rows, statistics, draft_scores, draft_laws, num_accepted, laws, masses, tokens, logprobs,
+        seed, row_ids, positions, rows.stride(0), vocab, num_chunks, longest, gamma,
+        chunk, padded(num_chunks), num_warps=8,
+    )  # fmt: skip
     return num_accepted, tokens, logprobs

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trl_selfspec.kernels.cuda.launch import launch
 from trl_selfspec.kernels.draws import Memory
 from trl_selfspec.sampling import Purpose
 
@@ -244,7 +245,8 @@ def measure(
     if kept is not None:
         assert kept.is_contiguous() and kept.dtype is rows.dtype and len(kept) == num_rows
         longest = kept.shape[1]
-    _measure[num_chunks, num_rows](  # pyright: ignore[reportIndexIssue]
+    launch(
+        _measure, (num_chunks, num_rows),
         rows, statistics, unused, unused, kept if kept is not None else unused, step if step is not None else unused,
         unused, unused, unused, rows.stride(0), vocab, 1, longest, scale,
         NO_WORD, kept is not None, chunk, num_warps=NUM_WARPS,
@@ -287,14 +289,14 @@ def _sample_rows(
     num_rows, vocab = rows.shape
     tokens = torch.empty_like(row_ids)
     kept, laws = (None, remark[:, None]) if memory is None else (memory.laws, memory.summaries)
-    with torch.cuda.device_of(rows):
-        statistics = measure(rows, chunk, 1.0, kept, step)
-        num_chunks = statistics.shape[2]
-        _sample[(num_rows,)](  # pyright: ignore[reportIndexIssue]
-            rows, statistics, tokens, remark, laws, seed if step is None else step, seed, row_ids, positions,
-            rows.stride(0), vocab, num_chunks, laws.shape[1],
-            int(purpose), memory is not None, chunk, padded(num_chunks), num_warps=8,
-        )  # fmt: skip
+    statistics = measure(rows, chunk, 1.0, kept, step)
+    num_chunks = statistics.shape[2]
+    launch(
+        _sample, (num_rows,),
+        rows, statistics, tokens, remark, laws, seed if step is None else step, seed, row_ids, positions,
+        rows.stride(0), vocab, num_chunks, laws.shape[1],
+        int(purpose), memory is not None, chunk, padded(num_chunks), num_warps=8,
+    )  # fmt: skip
     return tokens
 
 
@@ -318,16 +320,17 @@ def best(
     num_accepted, tokens = row_ids.new_empty((num_rows,)), row_ids.new_empty((num_rows, num_steps))
     logprobs = rows.new_empty((num_rows, num_steps), dtype=torch.float32)
     drafts = tokens if drafts is None else drafts.contiguous()
-    with torch.cuda.device_of(rows):
-        _measure[num_chunks, len(rows)](  # pyright: ignore[reportIndexIssue]
-            rows, statistics, keys, words, statistics, words, words if seed is None else seed, row_ids, positions,
-            rows.stride(0), vocab, num_steps, 1, 1.0,
-            BEST if seed is None else BEST_WITH_NOISE, False, chunk, num_warps=NUM_WARPS,
-        )  # fmt: skip
-        _best[(num_rows,)](  # pyright: ignore[reportIndexIssue]
-            rows, statistics, keys, words, tokens, logprobs, drafts, num_accepted,
-            rows.stride(0), num_chunks, num_steps, padded(num_chunks), padded(num_steps),
-        )  # fmt: skip
+    launch(
+        _measure, (num_chunks, len(rows)),
+        rows, statistics, keys, words, statistics, words, words if seed is None else seed, row_ids, positions,
+        rows.stride(0), vocab, num_steps, 1, 1.0,
+        BEST if seed is None else BEST_WITH_NOISE, False, chunk, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    launch(
+        _best, (num_rows,),
+        rows, statistics, keys, words, tokens, logprobs, drafts, num_accepted,
+        rows.stride(0), num_chunks, num_steps, padded(num_chunks), padded(num_steps),
+    )  # fmt: skip
     return num_accepted, tokens, logprobs
 
 
@@ -340,10 +343,8 @@ def token_logprobs(
     """`log_softmax(scores / temperature)` at the tokens."""
     rows, tokens = as_rows(scores), tokens.contiguous()
     logprobs = torch.empty_like(tokens, dtype=torch.float32)
-    with torch.cuda.device_of(rows):
-        statistics = measure(rows, chunk, 1 / temperature)
-        num_chunks = statistics.shape[2]
-        _look_up[(len(rows),)](  # pyright: ignore[reportIndexIssue]
-            rows, statistics, tokens, logprobs, rows.stride(0), num_chunks, 1 / temperature, padded(num_chunks),
-        )  # fmt: skip
+    statistics = measure(rows, chunk, 1 / temperature)
+    num_chunks = statistics.shape[2]
+    numbers = rows.stride(0), num_chunks, 1 / temperature, padded(num_chunks)
+    launch(_look_up, (len(rows),), rows, statistics, tokens, logprobs, *numbers)
     return logprobs
