@@ -195,10 +195,14 @@ def test_rows_do_not_see_their_neighbours(kind: str, dtype: torch.dtype):
     assert torch.equal(layer(x)[0], together[0])
 
 
-@pytest.mark.parametrize(("m", "tile"), [(1, (8, 128)), (9, (16, 128)), (33, (32, 64))])
-def test_many_columns(m: int, tile: tuple[int, int], triton_linear: ModuleType, monkeypatch: pytest.MonkeyPatch):
-    """Wide tiles, unless they would be spilled, and a layer without splits, as an output head's."""
-    monkeypatch.setattr(triton_linear, "PROGRAMS", 9)
+@pytest.mark.parametrize(
+    ("m", "programs", "tile"), [(1, 18, (8, 128)), (1, 19, (8, 64)), (9, 18, (16, 128)), (33, 18, (32, 64))]
+)
+def test_many_columns(
+    m: int, programs: int, tile: tuple[int, int], triton_linear: ModuleType, monkeypatch: pytest.MonkeyPatch
+):
+    """Wide tiles, unless they are too few or would be spilled, and a layer without splits, as an output head's."""
+    monkeypatch.setattr(triton_linear, "PROGRAMS", programs)
     n = 1100
     assert triton_linear.num_splits(n, 2) == 1 and triton_linear.tiling(m, n, 1) == tile
     layer = Int4(n, 64, 32)
