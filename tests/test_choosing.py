@@ -199,6 +199,17 @@ def test_answers_are_kept(backend_cache: Path, monkeypatch: pytest.MonkeyPatch):
     assert timer.calls == 4 * asked + asked + len(BUCKETS)
 
 
+def test_a_change_of_our_kernels_is_measured_anew(tmp_path: Path):
+    """Prevents a checkout that goes on with what its last version was slower at."""
+    (tmp_path / "linear.py").write_text("WARPS = 4")
+    before = choosing._digest(tmp_path)
+    assert choosing._digest(tmp_path) == before
+    (tmp_path / "linear.py").write_text("WARPS = 2")
+    assert choosing._digest(tmp_path) != before
+    assert choosing._digest(choosing.OWN_KERNELS) in choosing._versions()
+    assert (choosing.OWN_KERNELS / "linear.py").exists()
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 3}', "\x00"])
 def test_a_file_that_cannot_be_read_is_as_good_as_none(content: str, backend_cache: Path):
     backend_cache.parent.mkdir()

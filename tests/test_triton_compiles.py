@@ -248,10 +248,11 @@ def test_what_lies_between_products_compiles(capability: str, dtype: str, hidden
 
 @pytest.mark.parametrize("capability", ["80", "90"])
 @pytest.mark.parametrize(
-    ("dtype", "n", "k", "rows"), [("bf16", 3584, 18944, 8), ("bf16", 152064, 3584, 64), ("fp16", 3584, 18944, 32)]
+    ("dtype", "n", "k", "rows"),
+    [("bf16", 3584, 18944, 8), ("bf16", 152064, 3584, 8), ("fp16", 152064, 3584, 16), ("fp16", 3584, 18944, 32)],
 )
 def test_linear_layers_compile(capability: str, dtype: str, n: int, k: int, rows: int, usage):
-    """Narrow and wide tiles, few and many rows: on tensor cores, weights copied ahead, nothing spilled."""
+    """Narrow and wide tiles, few and more rows: on tensor cores, weights copied ahead, nothing spilled."""
     for shared, tensor_cores, spilled, copies_ahead in usage(LINEAR, capability, dtype, n, k, rows):
         assert shared <= SMALLEST_SHARED_MEMORY and tensor_cores and copies_ahead and spilled <= SPILLED
 

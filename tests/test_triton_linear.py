@@ -163,7 +163,9 @@ def test_layers_are_split_where_they_are_narrow(kind: str, triton_linear: Module
     assert triton_linear.num_splits(40, 10) == 1
     assert close(layer, x, layer(x), exact)
     monkeypatch.undo()
-    monkeypatch.setattr(triton_linear, "make_counters", lambda n, device: torch.ones(99, dtype=torch.int32))
+    monkeypatch.setattr(
+        triton_linear, "make_counters", lambda n, device: torch.ones(99, dtype=torch.int32, device=device)
+    )
     with pytest.raises(AssertionError):  # a part was not waited for
         layer(x)
 
@@ -180,9 +182,9 @@ def test_splits_all_have_work(triton_linear: ModuleType):
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
 @pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
 def test_rows_do_not_see_their_neighbours(kind: str, dtype: torch.dtype):
-    """Bitwise, whatever the number of rows: tiles of rows may change, the order of sums may not.
+    """Bitwise, whatever the number of rows: tiles may change, the order of sums may not.
 
-    numpy's products, in the interpreter, depend on the shape of the tile.
+    numpy's products, in the interpreter, depend on the shape of the tile: there, all these rows take the same.
     """
     layer = (
         Int4(70, 1280, dtype=dtype) if kind == "int4" else EightBit(70, 1280, INT8 if kind == "int8" else FP8, dtype)

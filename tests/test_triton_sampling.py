@@ -28,6 +28,7 @@ from chosen_numbers import (
 
 from trl_selfspec import sampling as numbers
 from trl_selfspec.kernels.cuda import sampling as triton_sampling
+from trl_selfspec.kernels.cuda.launch import launch
 from trl_selfspec.rejection import verify_coupled
 from trl_selfspec.sampling import Purpose, gumbel, sample_inverse_cdf, uniform
 
@@ -136,7 +137,8 @@ def test_the_noise_has_the_bits_of_the_twins() -> None:
     keys = torch.empty(len(rows), vocab, device=DEVICE)
     words, zeros = torch.empty_like(keys, dtype=torch.int32), torch.zeros_like(keys)
     statistics = torch.empty(len(rows), 2, vocab, device=DEVICE)
-    triton_sampling._measure[vocab, len(rows)](  # pyright: ignore[reportIndexIssue]
+    launch(
+        triton_sampling._measure, (vocab, len(rows)),
         zeros, statistics, keys, words, zeros, SEED, SEED, rows, positions, vocab, vocab, 1, 1, 1.0,
         triton_sampling.BEST_WITH_NOISE.value, False, 1,
     )  # fmt: skip

@@ -6,6 +6,7 @@ step. The answer is kept in the user's cache, by GPU, versions and shape.
 """
 
 import functools
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -41,7 +42,8 @@ REPEATS = 5
 CACHE_BYTES = 2**28  # larger than any GPU's
 FILLS = 8  # of them, half a millisecond at 4 TB/s: what Python launches meanwhile waits, so that no gap is timed
 WORTH_A_COPY = 0.9  # of the time: a second copy of the weights must save a tenth
-PACKAGES = ("trl-selfspec", "torch", "triton", "humming-kernels")
+PACKAGES = ("torch", "triton", "humming-kernels")
+OWN_KERNELS = Path(__file__).parent / "kernels" / "cuda"
 
 Timer = Callable[[Callable[[], object]], float]
 
@@ -192,7 +194,15 @@ def _versions() -> list[str | None]:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    return [version(package) for package in PACKAGES]
+    return [*map(version, PACKAGES), _digest(OWN_KERNELS)]
+
+
+def _digest(directory: Path) -> str:
+    """Of the modules in it: a checkout keeps its version while its kernels change."""
+    digest = hashlib.sha256()
+    for file in sorted(directory.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _file() -> Path:

@@ -23,7 +23,7 @@ from trl_selfspec.kernels.cuda.launch import launch
 from trl_selfspec.kernels.quantized import MAX_ROWS
 
 
-PROGRAMS = 1056  # eight for each of an H100's SMs: they hide each other's waiting
+PROGRAMS = 1056  # eight for each of an H100's SMs, which hide each other's waiting; int4 tiles of few rows find room
 MAX_SPLITS = 16
 MIN_STEPS = 2  # along K, of a split
 STEP_8BIT = 128  # columns
