@@ -201,13 +201,15 @@ def test_answers_are_kept(backend_cache: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_a_change_of_our_kernels_is_measured_anew(tmp_path: Path):
     """Prevents a checkout that goes on with what its last version was slower at."""
-    (tmp_path / "linear.py").write_text("WARPS = 4")
+    kernel = tmp_path / "cuda" / "linear.py"
+    kernel.parent.mkdir()
+    kernel.write_text("WARPS = 4")
     before = choosing._digest(tmp_path)
     assert choosing._digest(tmp_path) == before
-    (tmp_path / "linear.py").write_text("WARPS = 2")
+    kernel.write_text("WARPS = 2")
     assert choosing._digest(tmp_path) != before
     assert choosing._digest(choosing.OWN_KERNELS) in choosing._versions()
-    assert (choosing.OWN_KERNELS / "linear.py").exists()
+    assert (choosing.OWN_KERNELS / "cuda" / "linear.py").exists()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 3}', "\x00"])

@@ -42,8 +42,8 @@ REPEATS = 5
 CACHE_BYTES = 2**28  # larger than any GPU's
 FILLS = 8  # of them, half a millisecond at 4 TB/s: what Python launches meanwhile waits, so that no gap is timed
 WORTH_A_COPY = 0.9  # of the time: a second copy of the weights must save a tenth
-PACKAGES = ("torch", "triton", "humming-kernels")
-OWN_KERNELS = Path(__file__).parent / "kernels" / "cuda"
+PACKAGES = ("trl-selfspec", "torch", "triton", "humming-kernels")
+OWN_KERNELS = Path(__file__).parent / "kernels"
 
 Timer = Callable[[Callable[[], object]], float]
 
@@ -200,7 +200,7 @@ def _versions() -> list[str | None]:
 def _digest(directory: Path) -> str:
     """Of the modules in it: a checkout keeps its version while its kernels change."""
     digest = hashlib.sha256()
-    for file in sorted(directory.glob("*.py")):
+    for file in sorted(directory.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
