@@ -129,25 +129,24 @@ attention.storage = storage
 LINEAR = """
 from trl_selfspec.kernels.cuda.linear import NUM_WARPS, STAGES, _linear_8bit, _linear_int4, num_splits, tiling
 
+def compiled_linear(kernel, dtype, n, k, rows, weights, warps=NUM_WARPS, **constants):
+    splits = num_splits(n, k // 128)
+    tile_m, tile_n = tiling(rows, n, splits)
+    constants |= {"SPLITS": splits, "STEP": 128, "WHOLE": True, "BIAS": True, "TILE_M": tile_m, "TILE_N": tile_n}
+    constants |= {"STAGES": STAGES, "ASSEMBLER": True}
+    pointers = {name: "*" + dtype for name in ("x", "bias", "out")} | {"sums": "*fp32", "counters": "*i32"}
+    return compiled(kernel, pointers | weights, constants, aligned=("N", "K"), num_warps=warps)
+
+INT4 = {"packed": "*u8", "scale_shift": "*i32"}
+"""
+ALL_LINEAR = """
 dtype, n, k, rows = sys.argv[2], *map(int, sys.argv[3:6])
-splits = num_splits(n, k // 128)
-tile_m, tile_n = tiling(rows, n, splits)
-constants = {"SPLITS": splits, "STEP": 128, "WHOLE": True, "BIAS": True, "TILE_M": tile_m, "TILE_N": tile_n}
-constants |= {"STAGES": STAGES, "ASSEMBLER": True}
-pointers = {name: "*" + dtype for name in ("x", "bias", "out")} | {"sums": "*fp32", "counters": "*i32"}
-int4 = {"packed": "*u8", "scale_shift": "*i32"}
-compiled(_linear_int4, pointers | int4, constants | {"GROUP": 128}, aligned=("N", "K"), num_warps=NUM_WARPS)
+compiled_linear(_linear_int4, dtype, n, k, rows, INT4, GROUP=128)
 for fp8 in (False, True):
-    eight = {"codes": "*u8", "scale": "*" + dtype}
-    compiled(_linear_8bit, pointers | eight, constants | {"FP8": fp8}, aligned=("N", "K"), num_warps=NUM_WARPS)
+    compiled_linear(_linear_8bit, dtype, n, k, rows, {"codes": "*u8", "scale": "*" + dtype}, FP8=fp8)
 """
 INSTRUCTIONS = """
-from trl_selfspec.kernels.cuda.linear import STAGES, _linear_int4, num_splits, tiling
-
 n, k = 3584, 18944
-splits = num_splits(n, k // 128)
-pointers = {name: "*bf16" for name in ("x", "bias", "out")} | {"sums": "*fp32", "counters": "*i32"}
-pointers |= {"packed": "*u8", "scale_shift": "*i32"}
 
 def longest_loop(binary):
     places, longest, place = {}, 0, 0
@@ -161,12 +160,10 @@ def longest_loop(binary):
     return longest
 
 for rows in map(int, sys.argv[2].split()):
-    tile_m, tile_n = tiling(rows, n, splits)
-    constants = {"SPLITS": splits, "GROUP": 128, "STEP": 128, "WHOLE": True, "BIAS": False}
-    constants |= {"TILE_M": tile_m, "TILE_N": tile_n, "STAGES": STAGES, "ASSEMBLER": True}
+    step = 128 * tiling(rows, n, num_splits(n, k // 128))[1]
     for warps in map(int, sys.argv[3].split()):
-        binary = compiled(_linear_int4, pointers, constants, aligned=("N", "K"), num_warps=warps)
-        print("loop", longest_loop(binary) * 32 * warps / (128 * tile_n))
+        binary = compiled_linear(_linear_int4, "bf16", n, k, rows, INT4, warps, GROUP=128)
+        print("loop", longest_loop(binary) * 32 * warps / step)
 """
 QUANTIZE = """
 from trl_selfspec.kernels.cuda.quantize import BYTES_AT_ONCE, COLUMNS_AT_ONCE, _quantize_4bit, _quantize_8bit
@@ -253,7 +250,7 @@ def test_what_lies_between_products_compiles(capability: str, dtype: str, hidden
 )
 def test_linear_layers_compile(capability: str, dtype: str, n: int, k: int, rows: int, usage):
     """Narrow and wide tiles, few and more rows: on tensor cores, weights copied ahead, nothing spilled."""
-    for shared, tensor_cores, spilled, copies_ahead in usage(LINEAR, capability, dtype, n, k, rows):
+    for shared, tensor_cores, spilled, copies_ahead in usage(LINEAR + ALL_LINEAR, capability, dtype, n, k, rows):
         assert shared <= SMALLEST_SHARED_MEMORY and tensor_cores and copies_ahead and spilled <= SPILLED
 
 
@@ -261,7 +258,7 @@ def test_int4_weights_take_few_instructions(lines):
     """Per weight and thread, in the loop, at 8, 16 and 32 rows. An H200's SM can issue about 4 while a weight arrives
     (0.53 bytes, 4.3 TB/s, at 1.98 GHz).
     """
-    loops = [float(words[1]) for words in lines(INSTRUCTIONS, "90", "8 16 32", "2 4") if words[0] == "loop"]
+    loops = [float(words[1]) for words in lines(LINEAR + INSTRUCTIONS, "90", "8 16 32", "2 4") if words[0] == "loop"]
     ours, others = loops[::2], loops[1::2]
     bounds = 2.4, 3.1, 4.3
     assert all(few <= most for few, most in zip(ours, bounds, strict=True))
