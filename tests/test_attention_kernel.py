@@ -209,7 +209,7 @@ def test_other_cases_take_the_other_path_and_write(spy: Spy, case: str):
     selfspec_attention(module, key, key, key, None, **kwargs)  # type: ignore[arg-type]
     assert spy.calls == 0
     cache.begin(positions, 2, rows)
-    assert torch.equal(cache.keys_and_values(0)[0], key.transpose(1, 2))
+    assert torch.equal(cache.keys_and_values(cache.pages_of[0])[0], key.transpose(1, 2))
 
 
 def test_binding_a_cache_hands_the_writes_over():

@@ -198,7 +198,7 @@ def test_what_is_not_written_cannot_poison() -> None:
     cache = PagedCache(1, 2, 8, page_size=None)
     cache.begin(torch.zeros(2, 1, dtype=torch.int64), 8)
     cache.layers[0].update(torch.ones(2, 1, 1, 4), torch.ones(2, 1, 1, 4))
-    assert all(states.isfinite().all() for states in cache.keys_and_values(0))
+    assert all(states.isfinite().all() for states in cache.keys_and_values(cache.pages_of[0]))
 
 
 def test_padding_is_written_to_the_spare_page() -> None:
@@ -211,7 +211,7 @@ def test_padding_is_written_to_the_spare_page() -> None:
     states = torch.arange(1.0, 11).view(2, 1, 5, 1)
     cache.layers[0].update(states, states)
     cache.begin(torch.tensor([[1], [4]]), 5)
-    keys, _ = cache.keys_and_values(0)
+    keys, _ = cache.keys_and_values(cache.pages_of[0])
     assert keys[0, :, 0, 0].tolist() == [1, 2, 0, 0, 0]
     assert keys[1, :, 0, 0].tolist() == pad(states[1, 0, :, 0], (0, 0)).tolist()
 

@@ -39,8 +39,8 @@ class CpuDecoderLayer:
         return same and all(size % LANES == 0 for size in sizes) and len(_projections(parts)) == len(parts.linears)
 
     def takes(self, x: Tensor, cos: Tensor, pages: Pages) -> bool:
-        """Whether these are few tokens of the right dtypes."""
-        in_place = pages.owner.rows_in_place
+        """Whether these are few tokens of the right dtypes, and whole heads are rotated."""
+        in_place = pages.owner.rows_in_place and (not self.parts.rotary or cos.shape[-1] == self.parts.head_dim)
         return in_place and x.shape[0] * x.shape[1] <= MAX_TOKENS and pages.keys.dtype is x.dtype is self.parts.dtype
 
     def precede(self, norm: FastRMSNorm, dtype: torch.dtype | None) -> None:
