@@ -2,15 +2,16 @@
 
     python scripts/sweep_families.py --table docs/models.md --json sweep.json
 
-A family is `equal` if, in fp32, greedy tokens are those of `model.generate` on each row alone, and the log-probabilities
-of sampled tokens are those of the model's own forward; `refused` if the engine names a reason for not running it;
-anything else is a fault. Then once in bf16. Each family runs in a process of its own, forked from one that has loaded
+A family is `equal` if, in fp32, greedy tokens are those of `model.generate` on each row alone, and log-probabilities of
+sampled tokens are those of the model's own forward; `refused` if the engine names a reason for not running it; anything
+else is a fault. Then once in bf16. Each family runs in a process of its own, forked from one that has loaded
 the libraries. Exit status: 1 if a family crashes or differs.
 """
 
 import argparse
 import contextlib
 import gc
+import importlib
 import io
 import json
 import multiprocessing
@@ -224,7 +225,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
         f"{transformers.__version__}, built small with random weights.",
         "**equal**: in fp32, greedy tokens are `model.generate`'s and log-probabilities are the model's own. "
         "**refused**: the engine names a reason, and the trainer generates with TRL. "
-        "**not built**: transformers' own code does not build it small here or does not generate from token ids alone.",
+        "**not built**: transformers' own code does not build it small here, or does not generate from token ids.",
         "",
         f"{len(outcomes)} model types: {summary}.",
         "",
@@ -248,6 +249,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"not a causal LM of transformers: {', '.join(unknown)}")
     torch.set_num_threads(1)  # before anything runs: a pool of threads does not survive a fork
     logging.set_verbosity_error()
+    importlib.import_module("optimum.quanto")  # seconds, which no child has to spend again
     gc.freeze()
     outcomes = run_all(args.families, args.jobs)
     print(Counter(outcome.verdict for outcome in outcomes))

@@ -13,7 +13,7 @@ from trl_selfspec import SelfSpecOptions, memory
 from trl_selfspec.cache import PagedCache
 from trl_selfspec.engine import SelfSpecEngine
 from trl_selfspec.kept import KeptRows
-from trl_selfspec.memory import MAX_ROWS, KVMemory, kv_bytes_per_token
+from trl_selfspec.memory import MAX_ROWS, KVMemory
 from trl_selfspec.scheduler import Request
 from trl_selfspec.stats import RolloutStats
 
@@ -67,9 +67,7 @@ def test_no_more_pages_than_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(("given", "rows"), [(None, MAX_ROWS), (7, 7), (300, 300)])
-def test_rows_are_as_many_as_asked_for(
-    monkeypatch: pytest.MonkeyPatch, given: int | None, rows: int
-) -> None:
+def test_rows_are_as_many_as_asked_for(monkeypatch: pytest.MonkeyPatch, given: int | None, rows: int) -> None:
     """Prevents logits of a thousand rows where nobody asked for them."""
     assert allocate(monkeypatch, 100, requests(500), max_batch_size=given).cache.max_rows == rows
 

@@ -287,8 +287,8 @@ def _refuse_batch_dependent_rope(base: PreTrainedModel) -> None:
     for parameters in (rope, *(nested for nested in rope.values() if isinstance(nested, dict))):  # by layer type
         if parameters.get("rope_type") in BATCH_DEPENDENT_ROPE:
             raise UnsupportedModelError(
-                f"rotary scaling `{parameters['rope_type']}` depends on the longest row of the batch, so samples would "
-                f"too; {USE_TRL}"
+                f"rotary scaling `{parameters['rope_type']}` depends on the longest row of the batch, so samples "
+                f"would too; {USE_TRL}"
             )
 
 
