@@ -2,9 +2,9 @@
 
     python scripts/sweep_families.py --table docs/models.md --json sweep.json
 
-A family is `equal` if, in fp32, greedy tokens are those of `model.generate` on each row alone, and log-probabilities of
-sampled tokens are those of the model's own forward; `refused` if the engine names a reason for not running it; anything
-else is a fault. Then once in bf16. Each family runs in a process of its own, forked from one that has loaded
+A family is `equal` if, in fp32, greedy tokens are those of `model.generate` on each row alone, and log-probabilities
+of sampled tokens are those of the model's own forward; `refused` if the engine names a reason for not running it;
+anything else is a fault. Then once in bf16. Each family runs in a process of its own, forked from one that has loaded
 the libraries. Exit status: 1 if a family crashes or differs.
 """
 
@@ -108,7 +108,8 @@ def check_fp32(model: PreTrainedModel, outcome: Outcome) -> None:
         expected = [
             model.generate(torch.tensor([row]), generation_config=GREEDY)[0, len(row) :].tolist() for row in rows
         ]
-        own_logprobs(model, rows[0], expected[0])
+        if not own_logprobs(model, rows[0], expected[0]).isfinite().all():
+            raise ValueError("logits that are not finite")
     except Exception as error:  # noqa: BLE001  foreign model code: whatever it raises, it is not the engine's
         outcome.verdict, outcome.reason = "not built", f"transformers' own generation fails: {_described(error)}"
         return

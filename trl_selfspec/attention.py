@@ -47,7 +47,7 @@ def selfspec_attention(
     """
     cache: PagedCache = module.paged_cache  # type: ignore[assignment]
     plain = softcap is None and s_aux is None
-    layer = cache.layer_of(module.layer_idx, key)  # type: ignore[arg-type]
+    layer = cache.layer_of(module.layer_idx, key, value)  # type: ignore[arg-type]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     forward = cache.positions, cache.write_index, cache.num_slots, scale, sliding_window
     if plain and cache.rows_in_place and kernels.can_attend(query, key, value, layer.keys):

@@ -58,11 +58,14 @@ class PagedLayer(CacheLayerMixin):
         self.addresses.copy_(to_device([keys.data_ptr(), values.data_ptr()], self.addresses.device))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Writes `(B, K, T, D)` states, unless attention will, and hands them back unchanged."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+        """Writes `(B, K, T, D)` states, unless attention will, and hands them back unchanged.
+
+        What attention writes may have other shapes: latent attention gives compressed states here.
+        """
         self.latest = weakref.ref(key_states)
         if not self.owner.attention_writes:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
             self.write(key_states, value_states)
         return key_states, value_states
 
@@ -181,11 +184,14 @@ class PagedCache(Cache):
             self._table[rows].copy_(changed, non_blocking=True)
         self._stale.clear()
 
-    def layer_of(self, layer_idx: int, key: Tensor) -> PagedLayer:
-        """The pages that attention of this layer reads: another layer's where that one shares its keys and values."""
+    def layer_of(self, layer_idx: int, key: Tensor, value: Tensor) -> PagedLayer:
+        """Where attention of this layer keeps its `(B, K, T, D)` states: in another layer's pages if they are its."""
         layer = self.pages_of[layer_idx]
         if not layer.is_initialized:
-            layer = next((other for other in self.pages_of if other.latest() is key), layer)
+            for other in self.pages_of:
+                if other.is_initialized and other.latest() is key:
+                    return other
+            layer.lazy_initialization(key, value)
         return layer
 
     @property

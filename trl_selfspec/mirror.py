@@ -98,6 +98,7 @@ class Mirror:
         self._aliases: list[tuple[nn.Parameter, Callable[[], Tensor]]] = []
         self._state = self._policy_state()
         _refuse_other_state(self.base)
+        _refuse_chunked_attention(self.base)
         _refuse_batch_dependent_rope(self.base)
         _refuse_uncapped_attention(self.base)
         try:
@@ -279,6 +280,13 @@ def _refuse_other_state(base: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{type(base).__name__} keeps more than keys and values, such as a recurrent state, {where}"
             f"which the engine does not run yet; {USE_TRL}"
+        )
+
+
+def _refuse_chunked_attention(base: PreTrainedModel) -> None:
+    if "chunked_attention" in (getattr(base.config.get_text_config(decoder=True), "layer_types", None) or ()):
+        raise UnsupportedModelError(
+            f"{type(base).__name__} attends within chunks of its context, which the engine does not run yet; {USE_TRL}"
         )
 
 

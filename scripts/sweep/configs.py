@@ -135,14 +135,14 @@ LATENT = {"num_key_value_heads": 4, "head_dim": DEFAULT, "n_shared_experts": 1}
 HYBRID = ["linear_attention", "full_attention"] * 2
 # What the table above leaves wrong or too large, and layer kinds that a family has but does not show by default.
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "bailing_hybrid": {"n_group": DEFAULT},
+    "bailing_hybrid": {"num_experts": 8, "num_expert_group": 2, "topk_group": 1},
     "bamba": {"attn_layer_indices": [1, 3], "mamba_expand": 2},
     "cohere_compass_text": {
         "rope_parameters": {
             kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")
         },
     },
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}, "ffn_config": {"moe_top_k": 2}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}, "ffn_config": {"moe_top_k": 2}},
     "dots1": {"n_shared_experts": 1},
     "gemma3n_text": {"num_kv_shared_layers": 2, "intermediate_size": [96] * 4},
     "gemma4_text": {"global_head_dim": 16, "num_kv_shared_layers": 2},
@@ -170,6 +170,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "rel_extent": 16,
         "unpadded_vocab_size": 96,
     },
+    "helium": {"head_dim": 16},
+    "longcat_flash": {"head_dim": 8},
+    "zamba": {"num_key_value_heads": 4, "head_dim": DEFAULT, "attention_hidden_size": 128},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
