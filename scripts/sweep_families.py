@@ -145,12 +145,19 @@ def check_bf16(model: PreTrainedModel, outcome: Outcome) -> None:
 def run_family(family: str) -> Outcome:
     """Everything in this process."""
     outcome, start = Outcome(family, FAMILIES[family], "not built"), time.perf_counter()
-    try:
-        with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings(action="ignore"):
+        try:
             model = small_model(family)
-    except Exception as error:  # noqa: BLE001  foreign model code
-        outcome.reason = _described(error)
-        return outcome
+        except Exception as error:  # noqa: BLE001  foreign model code
+            outcome.reason = _described(error)
+            return outcome
+        check(model, outcome)
+    outcome.seconds = round(time.perf_counter() - start, 1)
+    return outcome
+
+
+def check(model: PreTrainedModel, outcome: Outcome) -> None:
+    """Fills in what the engine makes of `model`, which is in bf16 afterwards."""
     try:
         check_fp32(model, outcome)
     except UnsupportedModelError as error:
@@ -159,8 +166,6 @@ def run_family(family: str) -> Outcome:
         outcome.verdict, outcome.reason = "crashes", _described(error)
     if outcome.verdict in ("equal", "refused"):
         check_bf16(model, outcome)
-    outcome.seconds = round(time.perf_counter() - start, 1)
-    return outcome
 
 
 def _described(error: BaseException) -> str:
