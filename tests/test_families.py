@@ -1,4 +1,4 @@
-"""Architectures that keep, share, window, rotate and route in their own ways: equal to transformers, or refused by name.
+"""Architectures that keep, share, rotate and route in their own ways: equal to transformers, or refused by name.
 
 A part of `scripts/sweep_families.py`, which runs all of them; its table is docs/models.md.
 """
@@ -28,7 +28,6 @@ EQUAL = [
     "afmoe",  # takes views of what attention returns
     "cohere2",  # sliding and global layers, one norm for both branches
     "deepseek_v3",  # latent attention: the cache is handed other states than attention
-    "exaone4",
     "gemma4_text",  # head sizes by layer; layers that share keys and values
     "glm4_moe",  # half of a head is rotated, in layers that have Llama's parts
     "gpt2",  # learned positions, Conv1D
@@ -37,7 +36,6 @@ EQUAL = [
     "jetmoe",  # repeats its keys
     "llama",
     "minimax_m2",  # norms over all heads
-    "olmo3",
     "opt",  # positions with an offset
     "stablelm",  # part of a head is rotated
 ]

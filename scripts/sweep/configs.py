@@ -142,7 +142,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")
         },
     },
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}, "ffn_config": {"moe_top_k": 2}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+        "ffn_config": {"moe_top_k": 2, "hidden_size": 64},
+    },
     "dots1": {"n_shared_experts": 1},
     "gemma3n_text": {"num_kv_shared_layers": 2, "intermediate_size": [96] * 4},
     "gemma4_text": {"global_head_dim": 16, "num_kv_shared_layers": 2},
