@@ -26,7 +26,7 @@ PROMPT_LENGTHS = (5, 11)
 STEPS, STEP_TOKENS = 3, 3
 STEP_SIZES = (1, 2, 3, 3, 3, 3)  # of the stock ways' cached steps, behind the shorter prompt
 WINDOW = 7  # below the longer prompt: some architectures apply theirs in a mask, which the engine does not build
-# Sound models stay below 1.5 times the stock ways' own difference, broken ones begin at 8 (docs/LOG.md 2026-11-30).
+# Sound policies stay below a quarter of the limit, faults begin at 5 times it (measured, docs/LOG.md 2026-11-30).
 LIMIT_IN_NOISES = 4.0
 LEAST_LIMIT = 1e-4  # of fp32: what is broken differs by 1e-3 and more even where distributions are all but uniform
 MOST_LIMIT = 0.5
