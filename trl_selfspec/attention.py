@@ -6,6 +6,8 @@ query length of SDPA, so that no key is repeated in memory. The function is foun
 keyword arguments through.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -16,6 +18,7 @@ from trl_selfspec.cache import PagedCache
 
 
 IMPLEMENTATION = "selfspec"
+MODULES_OWN: Any = object()  # where a model leaves its window to the mask (Qwen2-MoE)
 
 
 def bind_cache(model: nn.Module, cache: PagedCache | None) -> None:
@@ -35,7 +38,7 @@ def selfspec_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
+    sliding_window: int | None = MODULES_OWN,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: object,
@@ -49,6 +52,8 @@ def selfspec_attention(
     plain = softcap is None and s_aux is None
     layer = cache.layer_of(module.layer_idx, key, value)  # type: ignore[arg-type]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if sliding_window is MODULES_OWN:
+        sliding_window = getattr(module, "sliding_window", None)
     forward = cache.positions, cache.write_index, cache.num_slots, scale, sliding_window
     if plain and cache.rows_in_place and kernels.can_attend(query, key, value, layer.keys):
         return kernels.write_and_attend(query, key, value, layer.keys, layer.values, *forward), None

@@ -1,7 +1,7 @@
 """Batched self-speculative generation for transformers causal LMs: token ids in, token ids and log-probabilities out.
 
-The engine decodes with a mirror of the model and drafts with the same weights, quantized. It never runs, changes or
-hooks the model itself, and it takes token ids, never a tokenizer or a trainer.
+The engine decodes with a mirror of the model and drafts with the same weights, quantized. It runs the model itself only
+to check the mirror against it, never changes or hooks it, and takes token ids, never a tokenizer or a trainer.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from trl_selfspec.graphs import CudaCapture, GraphPool
 from trl_selfspec.kept import KeptRows
 from trl_selfspec.law import SamplingLaw, effective_generation_config
 from trl_selfspec.memory import KVMemory, kv_bytes_per_token, warn_if_scarce
-from trl_selfspec.mirror import Mirror, UnsupportedModelError
+from trl_selfspec.mirror import LayoutChangedError, Mirror, UnsupportedModelError
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.quantize import resolve_qtype
 from trl_selfspec.requests import make_requests
@@ -89,25 +89,30 @@ class SelfSpecEngine:
         param_dtype: torch.dtype | None = None,
     ) -> None:
         self.options = options or SelfSpecOptions()
-        self.autocast_dtype = autocast_dtype
-        self._mirror = Mirror(model, autocast_dtype, param_dtype)
-        self.device, self._vocab_size = self._mirror.embeddings.device, len(self._mirror.embeddings)
-        self._dtype = self._mirror.dtype
-        self._context_length = getattr(self._text_config, "max_position_embeddings", None)
-        if self._context_length is not None and self._context_length < 1:  # XLNet's -1: no limit
-            self._context_length = None
-        self_check(self._mirror, self._forward_context())
-        self.draft_qtype = resolve_qtype(self.options.draft_qtype, self.device, self._dtype)
+        self.autocast_dtype, self.param_dtype = autocast_dtype, param_dtype
         self.controller = Controller(
             self.options.num_speculative_tokens,
             self.options.max_speculative_tokens,
             self.options.max_active_sequences,
         )
+        self._policy = model
+        self._refresh_s = 0.0
+        self._build()
+
+    def _build(self) -> None:
+        """Everything that depends on the policy's architecture and on the layout of its tensors."""
+        self._mirror = Mirror(self._policy, self.autocast_dtype, self.param_dtype)
+        self.device, self._vocab_size = self._mirror.embeddings.device, len(self._mirror.embeddings)
+        self._dtype = self._mirror.dtype
+        self._context_length = getattr(self._text_config, "max_position_embeddings", None)
+        if self._context_length is not None and self._context_length < 1:  # XLNet's -1: no limit
+            self._context_length = None
+        self.calibration = self_check(self._mirror, self._policy, self._forward_context())
+        self.draft_qtype = resolve_qtype(self.options.draft_qtype, self.device, self._dtype)
         self._form = measured_choice(self._mirror, self.draft_qtype, by_cost=not self.controller.counts_alone)
         self._drafter: torch.nn.Module | None = None
         self._drafter_version: int | None = None
         self._wanted_version = self._mirror.version
-        self._refresh_s = 0.0
         kv_dtype = self.autocast_dtype  # None: the dtype of the keys themselves
         num_layers = self._mirror.num_layers
         with self._forward_context():
@@ -126,7 +131,7 @@ class SelfSpecEngine:
 
     @property
     def stale(self) -> bool:
-        """Whether the model's weights changed since the last `refresh`, as far as their versions tell."""
+        """Whether the model's weights changed since the last `refresh`: by version, address or a sample of values."""
         return self._mirror.stale
 
     @torch.inference_mode(False)
@@ -134,20 +139,45 @@ class SelfSpecEngine:
     def refresh(self, draft: bool = True) -> None:
         """Follows the model's weights, in place. Collective where the weights are sharded.
 
+        Copies of weights are renewed at every call, whatever `stale` says. A model whose tensors have other shapes or
+        dtypes than before (`resize_token_embeddings`, `to(dtype)`) is built anew.
+
         Args:
             draft: also requantize the drafter. `False` keeps it as it is for this change of weights: samples still
                 follow the new weights exactly, only fewer drafts are accepted. Quantizing itself waits for the first
                 draft, so that a rollout that never speculates never pays for it.
+
+        Raises:
+            UnsupportedModelError: what the model has become can't be run faithfully.
         """
         start = self._seconds()
         with torch.cuda.device_of(self._seed):
-            if self._mirror.refresh():
+            try:
+                moved = self._mirror.refresh()
+            except LayoutChangedError:
+                self.release()
+                self._build()
+                moved = True
+            if moved:
                 self._graphs.clear()
         if self._kept is not None:
             self._kept.forget()
         if draft:
             self._wanted_version = self._mirror.version
         self._refresh_s += self._seconds() - start
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compares the engine with the model's own forward once more, with the weights of the last `refresh`.
+
+        Collective where the weights are sharded.
+
+        Raises:
+            UnsupportedModelError: they give other next-token distributions; the message names the likely cause.
+        """
+        with torch.cuda.device_of(self._seed):
+            self.calibration = self_check(self._mirror, self._policy, self._forward_context())
 
     @torch.inference_mode(False)
     @torch.no_grad()

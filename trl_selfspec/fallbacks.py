@@ -59,6 +59,15 @@ def input_reason(policy: nn.Module, images: Any, fields: Iterable[str]) -> str |
     return "the prompts hold more than text (" + ", ".join(names or ["images"]) + ")"
 
 
+def length_reason(policy: nn.Module, prompt_ids: list[list[int]]) -> str | None:
+    """TRL lets a model generate past its context; the engine ends rows there, and has no room for such prompts."""
+    context = getattr(base_model(policy).config.get_text_config(decoder=True), "max_position_embeddings", None)
+    longest = max(map(len, prompt_ids), default=0)
+    if context is None or longest < context:
+        return None
+    return f"a prompt of {longest} tokens fills the model's context of {context} positions"
+
+
 def _replaces_generate(model: Any) -> bool:
     """Whether tokens are drawn by code of the model's own, say a repository's `custom_generate`, or by a patch."""
     of_class, of_instance = getattr(type(model), "generate", None), vars(model).get("generate")

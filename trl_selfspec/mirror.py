@@ -42,6 +42,10 @@ class UnsupportedModelError(ValueError):
     """The engine can't run this model faithfully; the message names the reason."""
 
 
+class LayoutChangedError(RuntimeError):
+    """A tensor of the policy has another shape, dtype, device or layout than before: a mirror has to be built anew."""
+
+
 class MirrorLinear(nn.Module):
     """A Linear layer of the target mirror: casts its input to the weight's dtype, as autocast would."""
 
@@ -96,7 +100,9 @@ class Mirror:
         self._fast_layers: list[str] | None = None
         self._copies: list[tuple[Tensor, Callable[[], Tensor]]] = []
         self._aliases: list[tuple[nn.Parameter, Callable[[], Tensor]]] = []
+        self._layouts: dict[tuple[str, str], tuple[object, ...]] = {}  # of what the trees were built from
         self._state = self._policy_state()
+        _refuse_device(self.base)
         _refuse_other_state(self.base)
         _refuse_chunked_attention(self.base)
         _refuse_batch_dependent_rope(self.base)
@@ -118,8 +124,21 @@ class Mirror:
 
     @property
     def stale(self) -> bool:
-        """Whether the policy changed since the last `refresh`: in place (a step, a load) or by another adapter."""
+        """Whether the policy changed since the last `refresh`: a step, a load, a write through `.data`, an adapter."""
         return self._state != self._policy_state()
+
+    @property
+    def has_window(self) -> bool:
+        """Whether layers see a bounded number of tokens back."""
+        config = self.base.config.get_text_config(decoder=True)
+        return any(getattr(config, name, None) for name in WINDOWS)
+
+    def policy_modules(self, policy: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """The modules of the policy that the mirror stands for, PEFT's wrappers left out; names are the mirror's."""
+        yield "", policy
+        for name, _ in self.model.named_modules():
+            if name:
+                yield name, inner_module(find_module(self.base, name))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,15 +163,22 @@ class Mirror:
 
     @torch.no_grad()
     def refresh(self) -> bool:
-        """Brings copied tensors up to date and follows aliases whose source moved; returns whether one did."""
+        """Renews every copy and follows aliases whose source moved; returns whether one did.
+
+        Copies are renewed whatever `stale` says: sampling from old weights is the worst fault there can be.
+
+        Raises:
+            LayoutChangedError: a tensor has another shape, dtype or layout than when the mirror was built.
+        """
         state, moved = self._policy_state(), False
         for parameter, read in self._aliases:
             if parameter.data_ptr() != (source := read()).data_ptr():
                 parameter.data, moved = source.detach(), True
         for storage, read in self._copies:
             storage.copy_(read())
-        self._state = state  # not before all has come to its end
-        self.version += 1
+        if state != self._state:
+            self._state = state  # not before all has come to its end
+            self.version += 1
         return moved
 
     def tree(
@@ -225,17 +251,24 @@ class Mirror:
                 "(`use_selfspec=False`)."
             ) from error
 
+    def _read_again(self, name: str, attribute: str) -> Tensor:
+        tensor = self._read(name, attribute)
+        if _layout(tensor) != self._layouts[name, attribute]:
+            raise LayoutChangedError(f"`{name}.{attribute}` is no longer what the mirror was built from")
+        return tensor
+
     def _mirror_tensor(self, module: nn.Module, name: str, attribute: str) -> None:
-        read = functools.partial(self._read, name, attribute)
-        tensor = read()
+        tensor = self._read(name, attribute)
+        self._layouts[name, attribute] = _layout(tensor)
+        read = functools.partial(self._read_again, name, attribute)
         dtype = self._dtype_in_forward(module, attribute, tensor)
-        if isinstance(tensor, nn.Parameter) and tensor.dtype == dtype:
+        if isinstance(tensor, nn.Parameter) and tensor.dtype == dtype and tensor.is_contiguous():
             alias = nn.Parameter(tensor.detach(), requires_grad=False)
             _assign(module, attribute, alias)
             self._aliases.append((alias, read))
             return
         # Buffers are copied too: some rotary embeddings rewrite theirs, which must not reach the policy.
-        storage = torch.empty_like(tensor, dtype=dtype, requires_grad=False)
+        storage = torch.empty_like(tensor, dtype=dtype, requires_grad=False, memory_format=torch.contiguous_format)
         _assign(module, attribute, storage)
         self._copies.append((getattr(module, attribute), read))
 
@@ -261,6 +294,24 @@ class Mirror:
             return self.param_dtype
         cast = isinstance(module, nn.Linear) and self.autocast_dtype is not None and tensor.dtype != torch.float64
         return self.autocast_dtype if cast else tensor.dtype  # type: ignore[return-value]
+
+
+def _layout(tensor: Tensor) -> tuple[object, ...]:
+    """What an alias or a copy relies on. A parameter may be read in place, a merged one is a new tensor each time."""
+    return tensor.shape, tensor.dtype, tensor.device, tensor.is_contiguous()
+
+
+def _refuse_device(base: PreTrainedModel) -> None:
+    devices = {parameter.device.type for parameter in base.parameters() if not hasattr(parameter, "ds_id")}
+    if "meta" in devices and any(hasattr(module, "_hf_hook") for module in base.modules()):
+        raise UnsupportedModelError(
+            "accelerate keeps weights of the policy off its device (`cpu_offload`, `device_map`); load the whole model "
+            "on one device."
+        )
+    if others := devices - {"cpu", "cuda", "meta"}:
+        raise UnsupportedModelError(
+            f"the policy is on {', '.join(sorted(others))}, and the engine runs on CPU and CUDA."
+        )
 
 
 def _refuse_other_state(base: PreTrainedModel) -> None:
@@ -329,7 +380,12 @@ def _embedding_dtype(base: PreTrainedModel) -> torch.dtype | None:
     if not embeddings._forward_hooks or is_sharded(embeddings):
         return None
     weight: Tensor = embeddings.weight  # type: ignore[assignment]
-    dtype = embeddings(torch.zeros(1, dtype=torch.int64, device=weight.device)).dtype
+    training = embeddings.training
+    embeddings.eval()  # NEFTune's hook adds its noise in training only
+    try:
+        dtype = embeddings(torch.zeros(1, 1, dtype=torch.int64, device=weight.device)).dtype
+    finally:
+        embeddings.train(training)
     return None if dtype == weight.dtype else dtype
 
 

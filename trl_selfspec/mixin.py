@@ -24,7 +24,7 @@ from trl_selfspec.adapters import base_model
 from trl_selfspec.checkpointing import STATE_FILE, read_state, write_state
 from trl_selfspec.config import SelfSpecConfigMixin
 from trl_selfspec.engine import SelfSpecEngine
-from trl_selfspec.fallbacks import input_reason, policy_reason, sharding_reason
+from trl_selfspec.fallbacks import input_reason, length_reason, policy_reason, sharding_reason
 from trl_selfspec.following import PolicyFollower
 from trl_selfspec.model_card import complete_model_card
 from trl_selfspec.options import SelfSpecOptions
@@ -115,9 +115,20 @@ class SelfSpecMixin(_Trainer):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
         reason = None
         if self._follower is not None:
-            reason = self._static_fallback_reason() or input_reason(self._policy, images, multimodal_fields)
+            reason = (
+                self._static_fallback_reason()
+                or input_reason(self._policy, images, multimodal_fields)
+                or length_reason(self._policy, prompt_ids)
+            )
             if reason is None:
-                return self._pack_rollout(*self._engine_rollout(prompt_ids))
+                try:
+                    return self._pack_rollout(*self._engine_rollout(prompt_ids))
+                except ValueError:  # of prompts, parameters or a policy that TRL could not sample from either
+                    raise
+                except Exception as error:  # noqa: BLE001  # device memory, kernels, a model's own code
+                    if self._policy_is_sharded:  # TRL's generation is collective, and the other processes are not in it
+                        raise
+                    reason = self._follower.failed(error)
             self._warn_once(FALLBACK_WARNING + reason)
         start = time.perf_counter()
         result = super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
@@ -204,6 +215,10 @@ class SelfSpecMixin(_Trainer):
     def _policy(self) -> Any:
         return self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
 
+    @property
+    def _policy_is_sharded(self) -> bool:
+        return self._dist.is_fsdp or self._dist.is_zero3
+
     def _static_fallback_reason(self) -> str | None:
         """Why no rollout of this run can use the engine; the same on every rank."""
         if self._follower is not None and self._follower.unsupported is not None:
@@ -274,12 +289,16 @@ class SelfSpecMixin(_Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or self._follower is None:
             return
-        state = read_state(checkpoint)
-        if state is None:
-            self._warn_once(f"{checkpoint} has no {STATE_FILE}: costs and acceptance are measured afresh.")
-            return
-        engine_state, self._run = state
-        self._follower.load_state_dict(engine_state)
+        try:
+            state = read_state(checkpoint)
+            if state is not None:
+                self._follower.load_state_dict(state[0])
+                self._run = state[1]
+                return
+            problem = f"{checkpoint} has no {STATE_FILE}"
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            problem = f"{checkpoint}/{STATE_FILE} can't be read ({error})"
+        self._warn_once(f"{problem}: costs and acceptance are measured afresh.")
 
     def end(self) -> None:
         """Finishes the trackers and destroys the process group: the last call of a script, on every rank.

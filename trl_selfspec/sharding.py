@@ -6,9 +6,13 @@ Gathering is collective: every rank has to ask for the same tensors in the same 
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+
+SAMPLES_PER_DIMENSION = 5
 
 
 @contextlib.contextmanager
@@ -34,12 +38,33 @@ def gathered(tensor: Tensor | None) -> Tensor | None:
 
 
 def fingerprint(policy: nn.Module) -> int:
-    """Differs once an in-place operation (an optimizer step, a load) or a new parameter changed the policy.
+    """Differs once the policy has other weights: by versions, by addresses, and by a sample of every tensor's values.
 
-    Versions count on FSDP2's shards as on plain parameters. DeepSpeed writes past them: there, only the step tells.
+    Versions count what optimizers and loads write in place. Values see what moves no version: writes through `.data`
+    (an EMA swapped in, a hotswapped adapter) and DeepSpeed's. A write that spares every sampled value is not seen.
+    Costs one small gather per tensor and one host sync (docs/LOG.md 2026-11-30).
     """
     _reshard(policy)
-    return hash(tuple((id(parameter), parameter._version) for parameter in policy.parameters()))
+    tensors = [_local(tensor) for tensor in (*policy.parameters(), *policy.buffers())]
+    samples = dict[torch.device, list[Tensor]]()
+    for tensor in tensors:
+        if tensor.numel() and type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta:
+            samples.setdefault(tensor.device, []).append(_sample(tensor))
+    values = tuple(torch.cat(parts).cpu().numpy().tobytes() for parts in samples.values())
+    return hash((values, tuple((id(p), p._version) for p in policy.parameters()), tuple(t.data_ptr() for t in tensors)))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    if isinstance(tensor, DTensor):
+        return tensor.to_local().detach()
+    return getattr(tensor, "ds_tensor", tensor).detach()
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """A few values from all over a tensor, whatever its strides."""
+    picked = tensor[tuple(slice(None, None, -(-size // SAMPLES_PER_DIMENSION)) for size in tensor.shape)]
+    return picked.reshape(-1).float()
 
 
 def _reshard(policy: nn.Module) -> None:

@@ -58,6 +58,8 @@ class SelfSpecGRPOTrainer(SelfSpecMixin, GRPOTrainer):
         if difference := gathered_difference(logps, sampled, mask, self.accelerator):
             for name, value in difference.items():
                 self._metrics[self._mode][f"sampling/sampling_logp_difference/{name}"].append(value)
+            assert self._follower is not None
+            self._follower.observe_logprob_difference(difference["mean"], self.temperature)
 
 
 class SelfSpecRLOOTrainer(SelfSpecMixin, RLOOTrainer):
