@@ -106,6 +106,7 @@ class SelfSpecEngine:
         self._dtype = self._mirror.dtype
         self._context_length = getattr(self._text_config, "max_position_embeddings", None)
         self.calibration = self_check(self._mirror, self._policy, self._forward_context())
+        self._mirror.mark_current()
         self.draft_qtype = resolve_qtype(self.options.draft_qtype, self.device, self._dtype)
         self._form = measured_choice(self._mirror, self.draft_qtype, by_cost=not self.controller.counts_alone)
         self._drafter: torch.nn.Module | None = None
