@@ -18,12 +18,13 @@ from trl_selfspec.options import MAX_DRAFT_LENGTH
 
 TOGGLE_MARGIN = 1.05  # what leaving plain rounds has to promise: measured costs scatter by about 3 %
 CHANGE_MARGIN = 1.02  # what any other change has to; as large as the loss that a choice which turned bad can hide
-BUDGET = 0.015  # share of all rollouts' seconds that trials may waste; with plain samples, 2 % are the limit
-PLAIN_SHARE = 0.01  # of the seconds spent speculating, for plain rounds that keep their price fresh
+BUDGET = 0.012  # share of all rollouts' seconds that trials may waste; with plain samples, 2 % are the limit
+PLAIN_SHARE = 0.008  # of the seconds spent speculating, for plain rounds that keep their price fresh
 PROBE_SHARE = 0.005  # a known choice is measured again once this share of the time since pays for it
 FREE_PLAIN_ROUNDS = 2.0  # first exploration ever, in plain rounds wasted, before any budget has accrued
 TRIAL_PLAIN_ROUNDS = 4.0  # what has been requantized is tried for at least this much waste
 PAYBACK = 1.5  # times over that the rest of a rollout has to make up for requantizing
+FIRST_ENTRY = 3.0  # times over that the first one costs: the drafter has to be built
 MIN_PLAIN_ROUNDS = 3  # before drafting: the first is warm-up
 PATIENT_PLAIN_ROUNDS = 16  # the same for a large batch, where an early guess costs more and is worth less
 FEW_ROWS = 8
@@ -83,6 +84,7 @@ class Controller:
         self._candidates = range(shortest, longest + 1)
         self._max_active_sequences = max_active_sequences
         self.counts_alone = fixed is not None and max_active_sequences is not None
+        self.measures = not self.counts_alone and longest > 0
         self._reset()
 
     def _reset(self) -> None:
@@ -95,6 +97,7 @@ class Controller:
         self._recent = Acceptance(FAST_DECAY, prior=self._lasting)
         self._clock_s = self._wasted_s = 0.0  # of all rollouts
         self._failures = 0  # times in a row that requantizing did not pay
+        self._balance_s = 0.0  # what requantizing has won since, at most its price
         self._plain_rounds = self._plain_since_draft = 0
         self._plain_at_s = 0.0
         self._measured_at_s: dict[tuple[int, int], float] = {}  # per row bucket and draft length
@@ -122,11 +125,17 @@ class Controller:
         self._expected = self._recent.tokens_per_round(MAX_DRAFT_LENGTH)
 
     def _close_account(self) -> None:
-        """Charges what a rollout's speculation has lost; after a loss, a drafter has to wait twice as long."""
+        """Charges what a rollout's speculation has lost; after losses, a drafter has to wait twice as long."""
         self._wasted_s += max(self._invested_s, 0.0)
-        if self._paid_entry_s:
-            lost = self._invested_s > (0.0 if self._bet else self._paid_entry_s)
-            self._failures = min(self._failures + 1, MAX_FAILURES) if lost else 0
+        if not (self._paid_entry_s and self._requantize_s):  # the first one had to build the drafter, and began late
+            return
+        price_s = median_low(self._requantize_s)
+        won_s = (0.0 if self._bet else self._paid_entry_s) - self._invested_s
+        self._balance_s = min(self._balance_s + won_s, price_s)
+        if self._balance_s < -price_s or (won_s <= 0 and not self._bet):
+            self._failures, self._balance_s = min(self._failures + 1, MAX_FAILURES), 0.0
+        elif won_s > 0:
+            self._failures = 0
 
     def expect_requantizing(self, seconds: float) -> None:
         """What a current drafter will cost, as far as can be told before there was one."""
@@ -306,7 +315,7 @@ class Controller:
         """
         if self._entry_s == 0:
             return True
-        rest_s = max(self._last_rollout_s - self._rollout_s, self._rollout_s / 2)
+        rest_s = max(self._last_rollout_s - self._rollout_s, (self._rollout_s - self._last_rollout_s) / 2)
         pays = rest_s * (1 - share) > PAYBACK * self._entry_s
         return pays and (not self._failures or self._affords(0.0))
 
@@ -316,8 +325,12 @@ class Controller:
             return None
         if incumbent.gamma and self._plain_is_due(rows, options[0], incumbent):
             return 0
+        if self._entry_s and not self._draft.covers(rows) and self._promises_to_pay(rows, options[0]):
+            self._bet = True
+            return self._candidates[0]
         if not self._draft.largest:
-            return self._candidates[0] if self._may_draft_first(rows, options[0]) else None
+            free = self._entry_s == 0 and self._wasted_s <= FREE_PLAIN_ROUNDS * options[0].seconds
+            return self._candidates[0] if free or self._affords(0.0) else None
         reach = REACH * max(self._verify_curve(rows).largest, rows)
         promising = [
             option
@@ -335,22 +348,23 @@ class Controller:
             return None
         return option.gamma
 
-    def _may_draft_first(self, rows: int, plain: Option) -> bool:
-        """Whether to draft for the first time: nothing but plain rounds has a price yet."""
-        if self._entry_s == 0:
-            return self._wasted_s <= FREE_PLAIN_ROUNDS * plain.seconds or self._affords(0.0)
-        curve, promise = self._plain, plain.rate
+    def _promises_to_pay(self, rows: int, plain: Option) -> bool:
+        """Whether requantizing should pay where nothing was drafted over about so many rows.
+
+        Drafts are taken to cost the share of a plain round that they do at other rows, and a verification what a plain
+        round with as many tokens does.
+        """
+        curve, share = self._plain, PRIOR_DRAFT
+        if self._draft.largest:
+            other, draft = self._draft.nearest(rows)
+            share = draft / self._at(curve, other)
+        promise = plain.rate
         for gamma in self._candidates:
-            verify = gamma + 1.0
-            if rows <= PRIOR_FLAT_ROWS:
-                verify = 1.0
+            verify = 1.0 if rows <= PRIOR_FLAT_ROWS else gamma + 1.0
             if curve.count > 1:
                 verify = max(1.0, self._at(curve, rows * (gamma + 1)) / self._at(curve, rows))
-            promise = max(promise, plain.rate * self._expected[gamma] / (gamma * PRIOR_DRAFT + verify))
-        if promise > TOGGLE_MARGIN * plain.rate and self._pays_entry(plain.rate / promise):
-            self._bet = True
-            return True
-        return self._affords(0.0)
+            promise = max(promise, plain.rate * self._expected[gamma] / (gamma * share + verify))
+        return promise > TOGGLE_MARGIN * plain.rate and self._pays_entry(plain.rate / promise)
 
     def _plain_is_due(self, rows: int, plain: Option, incumbent: Option) -> bool:
         """While speculating, plain rounds are sampled all along: their price must be of the same minutes."""
@@ -383,7 +397,8 @@ class Controller:
         if self._entry_s:
             if self._rollout_s > self._last_rollout_s / 2:
                 return False  # the rest is too short, and its rows too few, to learn much
-            entry_s = self._entry_s * 2**self._failures + TRIAL_PLAIN_ROUNDS * plain_s
+            times = 2**self._failures if self._requantize_s else FIRST_ENTRY
+            entry_s = self._entry_s * times + TRIAL_PLAIN_ROUNDS * plain_s
         owed_s = self._wasted_s + max(self._invested_s, 0.0)
         return owed_s + max(excess_s, 0.0) + entry_s <= BUDGET * self._clock_s
 

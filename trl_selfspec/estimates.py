@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
-from math import isfinite
+from math import isfinite, log
 from statistics import median_low
 from typing import Any
 
@@ -81,6 +81,10 @@ class CostCurve:
     def has(self, n: int) -> bool:
         """Whether this very size, or one of its bucket, was measured."""
         return bucket(n) in self._estimates
+
+    def nearest(self, n: int) -> tuple[float, float]:
+        """The measured size nearest to n, and its seconds."""
+        return min(self._points, key=lambda point: abs(log(point[0] / n)))
 
     def is_settled(self, n: int) -> bool:
         """Whether a single measurement in a bad moment can't make much of a difference at n."""
