@@ -138,12 +138,12 @@ def test_outliers_do_not_move_it(regime: tuple) -> None:
 @pytest.mark.parametrize("at", range(12))
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_one_outlier_does_not_flip_the_gate(share: float, at: int) -> None:
-    """Wherever it falls, in the first measurements too."""
+    """Wherever it falls, in the first measurements too. While on, plain rounds are sampled now and then."""
     machine, controller = Machine(gpu, share_of_gpu(share), constant(0.9), noise=0.0), Controller()
     for i in range(200):
         rows, machine.outliers = 4, float(i == at)
         machine.round(rows, controller, controller.choose(rows))
-    assert sum(map(bool, machine.choices[-50:])) == pytest.approx(50 if share == 0.3 else 0, abs=2)
+    assert sum(map(bool, machine.choices[-50:])) == pytest.approx(50 if share == 0.3 else 0, abs=4)
 
 
 def test_without_the_median_an_outlier_would_flip_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +280,7 @@ def test_a_resumed_run_does_not_learn_again(name: str, drafts: bool) -> None:
     resumed.load_state_dict(controller.state_dict())
     choices = {c: Machine(*law, seed=1).rounds(rows, c, 50) for c in (resumed, Controller())}
     as_learned = [sum(bool(gamma) is drafts for gamma in chosen) for chosen in choices.values()]
-    assert as_learned[0] >= 49 > as_learned[1]
+    assert as_learned[0] >= 47 > as_learned[1]
 
 
 def test_state_of_another_machine_is_unlearned() -> None:
@@ -299,7 +299,11 @@ def test_state_of_another_machine_is_unlearned() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("version", 2),
+        ("version", 1),
+        ("version", 3),
+        ("pace", 0.0),
+        ("clock_s", None),
+        ("failures", -1),
         ("plain", None),
         ("plain", [[4, 4.0]]),
         ("plain", [[4, 4.0, -1.0]]),

@@ -9,7 +9,7 @@ rounds, on one account: the seconds that trials, requantizing and first uses tak
 
 from collections import deque
 from collections.abc import Sequence
-from statistics import median, median_low
+from statistics import median_low
 from typing import Any, Literal, NamedTuple
 
 from trl_selfspec.estimates import REACH, Acceptance, CostCurve, bucket, positive
@@ -35,7 +35,9 @@ PEER_SHARE = 0.7  # a verify takes at least this share of one with as many token
 FAST_DECAY, SLOW_DECAY = 0.98, 0.998  # per round: half-lives of 34 and 346; the slow one seeds the next rollout
 MAX_AGE = 35  # rounds since the last draft count for at most this many: one probe halves older evidence
 PACES = 5  # plain rounds whose median is the machine's pace
-ODD = 1.3  # factor between the last one and the median: an outlier, or the machine has changed its pace
+PACE_AGE = 10.0  # of those, in plain rounds: older ones tell of another moment
+SURE_PACES = 3  # so many tell an outlier from a machine that has changed its pace
+ODD = 1.3  # a pace that differs by more from the last one wants so many
 MAX_FAILURES = 10
 STATE_VERSION = 2
 
@@ -92,7 +94,8 @@ class Controller:
         self._plain, self._draft, self._verify = CostCurve(), CostCurve(), CostCurve()
         self._verify_by_rows: dict[int, CostCurve] = {}  # n alone leaves out what attention over B rows costs
         self._pace = 1.0  # of the machine: seconds now, per second of the curves
-        self._paces: deque[float] = deque(maxlen=PACES)
+        self._paces: deque[tuple[float, float]] = deque(maxlen=PACES)  # the latest, and when
+        self._pace_is_odd = False  # the last one differs, and was not confirmed yet
         self._lasting = Acceptance(SLOW_DECAY)
         self._recent = Acceptance(FAST_DECAY, prior=self._lasting)
         self._clock_s = self._wasted_s = 0.0  # of all rollouts
@@ -185,14 +188,26 @@ class Controller:
     def observe_plain(self, rows: int, seconds: float) -> None:
         if trial := self.pass_over():
             self._charge(min(seconds, 2 * (self.plain_seconds(rows) or seconds)) - 1 / trial.incumbent.rate)
-        if self._plain.has(rows):
-            self._paces.append(seconds / self._at(self._plain, rows))
-            self._pace = median(self._paces)
-        self._plain.add(rows, seconds / self._pace)
+        self._follow_pace(rows, seconds)
+        if len(self._paces) >= SURE_PACES or not self._plain.has(rows):
+            self._plain.add(rows, seconds / self._pace)
         self._plain_rounds += 1
         self._plain_since_draft += 1
         self._advance(seconds)
         self._measured_at_s[bucket(rows), 0] = self._plain_at_s = self._clock_s
+
+    def _follow_pace(self, rows: int, seconds: float) -> None:
+        """The pace by the latest plain rounds. One round that differs much is not believed before others agree."""
+        if not self._plain.has(rows):
+            return
+        usual_s = self._at(self._plain, rows)
+        while self._paces and self._clock_s - self._paces[0][0] > PACE_AGE * self._pace * usual_s:
+            self._paces.popleft()
+        self._paces.append((self._clock_s, seconds / usual_s))
+        pace = median_low([pace for _, pace in self._paces])
+        self._pace_is_odd = len(self._paces) < SURE_PACES and not 1 / ODD < pace / self._pace < ODD
+        if not self._pace_is_odd:
+            self._pace = pace
 
     def observe_speculative(
         self,
@@ -247,10 +262,6 @@ class Controller:
         plain = self.plain_seconds(rows) or seconds
         cap = (2 * gamma + 1) * plain if expected is None else 3 * expected
         self._charge(min(seconds, cap) - self._expected[gamma] / trial.incumbent.rate)
-
-    @property
-    def _pace_is_odd(self) -> bool:
-        return bool(self._paces) and not 1 / ODD < self._paces[-1] / self._pace < ODD
 
     @property
     def _entry_s(self) -> float:

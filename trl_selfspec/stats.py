@@ -9,6 +9,7 @@ speed formulas.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import accumulate
 from math import sqrt
 from typing import Self
 
@@ -275,8 +276,8 @@ _SUMMED = tuple(f.name for f in fields(RolloutStats) if f.name not in _MAXIMA)
 class PlainComparison:
     """Compares a rollout's speculative rounds with the plain rounds nearest to them in time, so that drift cancels.
 
-    A segment is a run of plain rounds, up to `ANCHOR_ROUNDS` of them, with half of the speculative rounds up to the
-    next run on either side. Each run counts in one segment, so that segments err independently. Rounds of different
+    A segment is a run of plain rounds, up to `ANCHOR_ROUNDS` of them, with the speculative rounds on either side that
+    are nearer to it than to the next run. Each run counts in one segment, so that segments err independently. Rounds of different
     sizes are compared by what plain rounds of these sizes usually take, of which only the ratio matters.
 
     Args:
@@ -293,7 +294,7 @@ class PlainComparison:
         if usual_s is None:
             return
         if self._after:
-            half = len(self._after) // 2 if self._plain else 0
+            half = self._half() if self._plain else 0
             self._close(self._before + self._after[:half])
             self._before, self._after = self._after[half:], []
             self._plain.clear()
@@ -315,6 +316,11 @@ class PlainComparison:
         """The rollout is over: the last rounds belong to the last run."""
         self._close(self._before + self._after)
         self._before, self._after = [], []
+
+    def _half(self) -> int:
+        """How many of the last rounds lie in the first half of their seconds."""
+        ends = list(accumulate(seconds for seconds, _ in self._after))
+        return sum(end <= ends[-1] / 2 for end in ends)
 
     def _close(self, rounds: list[tuple[float, float]]) -> None:
         if rounds and self._plain:
