@@ -25,6 +25,7 @@ FREE_PLAIN_ROUNDS = 2.0  # first exploration ever, in plain rounds wasted, befor
 TRIAL_PLAIN_ROUNDS = 4.0  # what has been requantized is tried for at least this much waste
 PAYBACK = 1.5  # times over that the rest of a rollout has to make up for requantizing
 FIRST_ENTRY = 3.0  # times over that the first one costs: the drafter has to be built
+ROLLOUTS = 4  # whose mean length is expected of the next
 MIN_PLAIN_ROUNDS = 3  # before drafting: the first is warm-up
 PATIENT_PLAIN_ROUNDS = 16  # the same for a large batch, where an early guess costs more and is worth less
 FEW_ROWS = 8
@@ -106,7 +107,9 @@ class Controller:
         self._measured_at_s: dict[tuple[int, int], float] = {}  # per row bucket and draft length
         self._requantize_s: deque[float] = deque(maxlen=3)
         self._expected_requantize_s = 0.0
-        self._rollout_s = self._last_rollout_s = 0.0
+        self._rollout_s = 0.0
+        self._rollout_plain_s = 0.0  # what plain rounds would have taken for its tokens
+        self._rollouts_plain_s: deque[float] = deque(maxlen=ROLLOUTS)  # of the last ones
         self._rows = 0
         self._paid_entry_s = self._invested_s = 0.0
         self.begin_rollout()
@@ -115,7 +118,9 @@ class Controller:
         """Starts afresh with what was learned. A current drafter can be used without requantizing first."""
         self._close_account()
         self._drafter_is_current = drafter_is_current
-        self._last_rollout_s, self._rollout_s = self._rollout_s or self._last_rollout_s, 0.0
+        if self._rollout_plain_s:
+            self._rollouts_plain_s.append(self._rollout_plain_s)
+        self._rollout_s = self._rollout_plain_s = 0.0
         self._spent_s = 0.0  # by trials in this rollout
         self._invested_s = 0.0  # requantizing and first uses, less what speculation has won since
         self._paid_entry_s = 0.0  # the requantizing of it
@@ -193,7 +198,7 @@ class Controller:
             self._plain.add(rows, seconds / self._pace)
         self._plain_rounds += 1
         self._plain_since_draft += 1
-        self._advance(seconds)
+        self._advance(seconds, seconds)
         self._measured_at_s[bucket(rows), 0] = self._plain_at_s = self._clock_s
 
     def _follow_pace(self, rows: int, seconds: float) -> None:
@@ -218,10 +223,12 @@ class Controller:
         accepted: Sequence[int],  # per position, over rows
         examined: Sequence[int],  # per position, over rows: those whose earlier positions were all accepted
     ) -> None:
+        plain_s = self.plain_seconds(rows)
+        plain_s = draft_s + verify_s if plain_s is None else plain_s * (1 + sum(accepted) / examined[0])
         if trial := self.pass_over():
             self._charge_trial(rows, gamma, draft_s + verify_s, trial)
-        elif plain := self.plain_seconds(rows):
-            self._invested_s += draft_s + verify_s - plain * (1 + sum(accepted) / examined[0])
+        else:
+            self._invested_s += draft_s + verify_s - plain_s
         key, n = bucket(rows), rows * (gamma + 1)
         if not self._pace_is_odd:  # else what it is to be divided by is not known
             self._draft.add(rows, draft_s / gamma / self._pace)
@@ -231,7 +238,7 @@ class Controller:
         self._lasting.add(accepted, examined)
         self._expected = self._recent.tokens_per_round(MAX_DRAFT_LENGTH)
         self._drafted, self._plain_since_draft = True, 0
-        self._advance(draft_s + verify_s)
+        self._advance(draft_s + verify_s, plain_s)
         self._measured_at_s[key, gamma] = self._clock_s
 
     def observe_requantize(self, seconds: float, typical: bool = True) -> None:
@@ -248,9 +255,10 @@ class Controller:
         self._invested_s += seconds
         self._paid_entry_s += seconds
 
-    def _advance(self, seconds: float) -> None:
+    def _advance(self, seconds: float, plain_s: float) -> None:
         self._clock_s += seconds
         self._rollout_s += seconds
+        self._rollout_plain_s += plain_s
 
     def _charge(self, seconds: float) -> None:
         self._spent_s += max(seconds, 0.0)
@@ -262,6 +270,11 @@ class Controller:
         plain = self.plain_seconds(rows) or seconds
         cap = (2 * gamma + 1) * plain if expected is None else 3 * expected
         self._charge(min(seconds, cap) - self._expected[gamma] / trial.incumbent.rate)
+
+    @property
+    def _usual_rollout_s(self) -> float:
+        """What one takes in plain rounds; 0 before there was one."""
+        return sum(self._rollouts_plain_s) / max(len(self._rollouts_plain_s), 1)
 
     @property
     def _entry_s(self) -> float:
@@ -326,7 +339,8 @@ class Controller:
         """
         if self._entry_s == 0:
             return True
-        rest_s = max(self._last_rollout_s - self._rollout_s, (self._rollout_s - self._last_rollout_s) / 2)
+        past_s = self._rollout_plain_s - self._usual_rollout_s
+        rest_s = max(-past_s, past_s / 2)  # one that takes longer than usual may take longer still
         pays = rest_s * (1 - share) > PAYBACK * self._entry_s
         return pays and (not self._failures or self._affords(0.0))
 
@@ -406,7 +420,7 @@ class Controller:
             return self._spent_s + excess_s <= TRIAL_PLAIN_ROUNDS * plain_s + BUDGET * self._rollout_s
         entry_s = 0.0
         if self._entry_s:
-            if self._rollout_s > self._last_rollout_s / 2:
+            if self._rollout_plain_s > self._usual_rollout_s / 2:
                 return False  # the rest is too short, and its rows too few, to learn much
             times = 2**self._failures if self._requantize_s else FIRST_ENTRY
             entry_s = self._entry_s * times + TRIAL_PLAIN_ROUNDS * plain_s
@@ -459,7 +473,7 @@ class Controller:
             "clock_s": self._clock_s,
             "wasted_s": self._wasted_s + max(self._invested_s, 0.0),
             "failures": self._failures,
-            "rollout_s": self._rollout_s or self._last_rollout_s,
+            "rollouts_s": [*self._rollouts_plain_s, *([self._rollout_plain_s] if self._rollout_plain_s else [])],
             "requantize_s": list(self._requantize_s),
         }
 
@@ -478,9 +492,8 @@ class Controller:
             lasting.load(state["accepted"], state["examined"])
             pace = positive(state["pace"])
             plain_rounds, failures = (int(positive(state[name], or_zero=True)) for name in ("plain_rounds", "failures"))
-            wasted_s, rollout_s, clock_s = (
-                positive(state[name], or_zero=True) for name in ("wasted_s", "rollout_s", "clock_s")
-            )
+            wasted_s, clock_s = (positive(state[name], or_zero=True) for name in ("wasted_s", "clock_s"))
+            rollouts_s = [positive(seconds) for seconds in state["rollouts_s"]]
             requantize_s = [positive(seconds, or_zero=True) for seconds in state["requantize_s"]]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"Not a controller state ({error!r}): start without it.") from error
@@ -489,7 +502,8 @@ class Controller:
         self._plain, self._draft, self._verify, self._verify_by_rows = plain, draft, verify, by_rows
         self._lasting, self._recent = lasting, Acceptance(FAST_DECAY, prior=lasting)
         self._plain_rounds, self._pace, self._failures = plain_rounds, pace, min(failures, MAX_FAILURES)
-        self._clock_s, self._wasted_s, self._last_rollout_s = clock_s, wasted_s, rollout_s
+        self._clock_s, self._wasted_s = clock_s, wasted_s
+        self._rollouts_plain_s.extend(rollouts_s)
         self._plain_at_s = clock_s
         self._requantize_s.extend(requantize_s)
         self._expected_requantize_s = expected_requantize_s
