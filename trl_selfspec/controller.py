@@ -491,7 +491,9 @@ class Controller:
             lasting = Acceptance(SLOW_DECAY)
             lasting.load(state["accepted"], state["examined"])
             pace = positive(state["pace"])
-            plain_rounds, failures = (int(positive(state[name], or_zero=True)) for name in ("plain_rounds", "failures"))
+            plain_rounds, failures = (
+                int(positive(state[name], or_zero=True)) for name in ("plain_rounds", "failures")
+            )
             wasted_s, clock_s = (positive(state[name], or_zero=True) for name in ("wasted_s", "clock_s"))
             rollouts_s = [positive(seconds) for seconds in state["rollouts_s"]]
             requantize_s = [positive(seconds, or_zero=True) for seconds in state["requantize_s"]]
