@@ -24,7 +24,7 @@ class Machine:
     seed: int = 0
     requantize: float = 0.0  # before the first draft of a rollout
     build: float = 0.0  # before the first of all
-    slowness: Callable[[float], float] = staticmethod(lambda seconds: 1.0)  # by the seconds so far
+    slowness: Callable[[float], float] | None = None  # by the seconds so far; None: always 1
     seconds: float = 0.0  # without outliers, which no choice can avoid
     choices: list[int] = field(default_factory=list)
 
@@ -32,16 +32,21 @@ class Machine:
         self.random = random.Random(self.seed)
         self.plain_seconds = 0.0  # what plain rounds would have taken at each moment for the tokens of that moment
         self.stats = RolloutStats()
+        self.comparison = PlainComparison(self.stats)
+
+    @property
+    def slowness_now(self) -> float:
+        return 1.0 if self.slowness is None else self.slowness(self.seconds)
 
     def measure(self, seconds: float) -> float:
-        seconds *= self.slowness(self.seconds) * max(0.5, self.random.gauss(1.0, self.noise))
+        seconds *= self.slowness_now * max(0.5, self.random.gauss(1.0, self.noise))
         self.seconds += seconds
         return seconds * (10 if self.random.random() < self.outliers else 1)
 
     def round(self, rows: int, controller: Controller | None, gamma: int) -> list[int]:
         """One round, reported to the controller; returns the tokens each row gained."""
         self.choices.append(gamma)
-        plain_s = self.target(rows, 1) * self.slowness(self.seconds)
+        plain_s = self.target(rows, 1) * self.slowness_now
         if gamma == 0:
             seconds = self.measure(self.target(rows, 1))
             self.plain_seconds += plain_s
@@ -61,12 +66,6 @@ class Machine:
             self.comparison.add_speculative_round(draft_s + verify_s, tokens, usual_s)
             self.stats.add_speculative_round(rows, gamma, draft_s, verify_s, accepted, examined)
         return [n + 1 for n in counts]
-
-    @property
-    def comparison(self) -> PlainComparison:
-        if not hasattr(self, "_comparison"):
-            self._comparison = PlainComparison(self.stats)
-        return self._comparison
 
     def _prepare_drafter(self, controller: Controller) -> None:
         """Before the first draft of a rollout."""

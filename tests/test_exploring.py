@@ -3,6 +3,7 @@
 On a simulated machine whose true costs are known: short rollouts of a real model, and a clock that drifts.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -103,16 +104,16 @@ def test_a_drafter_that_does_not_pay_is_tried_at_growing_intervals() -> None:
         machine.rollout(short_lengths(rollout), controller.choose, controller)
         if machine.stats.requantize_s > before:
             tried.append(machine.seconds)
-    intervals = [b - a for a, b in zip(tried[1:], tried[2:], strict=False)]
+    intervals = [b - a for a, b in itertools.pairwise(tried[1:])]
     assert len(intervals) >= 2
-    assert all(later > 1.5 * earlier for earlier, later in zip(intervals, intervals[1:], strict=False))
+    assert all(later > 1.5 * earlier for earlier, later in itertools.pairwise(intervals))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_what_pays_is_found_within_the_first_rollouts(seed: int) -> None:
     """Rollouts 1.5 times as fast are worth requantizing: within 5 % of someone who knows, after the first three."""
     longest, skip, rollouts, requantize = 200, 3, 15, 200.0
-    *law, rows = PAYING_ROLLOUTS
+    *law, _rows = PAYING_ROLLOUTS
     found, machine, _ = run(
         PAYING_ROLLOUTS, rollouts, lambda s: short_lengths(s, longest=longest), skip, requantize, 300.0, seed=seed
     )
@@ -197,7 +198,7 @@ def test_a_verification_costs_at_least_a_plain_round(slowness: float) -> None:
     draft = controller._draft.at(4)
     verify = [option.seconds - option.gamma * draft for option in drafting]
     assert all(seconds >= plain.seconds * (1 - 1e-9) for seconds in verify)
-    assert all(later >= earlier * (1 - 1e-9) for earlier, later in zip(verify, verify[1:], strict=False))
+    assert all(later >= earlier * (1 - 1e-9) for earlier, later in itertools.pairwise(verify))
     shown = float(controller.explain().split("a verify ")[1].split()[0])
     assert shown >= 1.0
 
@@ -221,5 +222,5 @@ def test_plain_rounds_are_sampled_while_speculating() -> None:
     machine, controller = Machine(gpu, lambda b: 3.0, constant(0.93)), Controller()
     choices = machine.rounds(4, controller, 2000)[200:]
     plain = [i for i, gamma in enumerate(choices) if gamma == 0]
-    assert len(plain) > 30 and max(b - a for a, b in zip(plain, plain[1:], strict=False)) < 60
+    assert len(plain) > 30 and max(b - a for a, b in itertools.pairwise(plain)) < 60
     assert len(plain) * machine.target(4, 1) * 0.7 < 0.01 * machine.seconds

@@ -201,7 +201,8 @@ def test_metrics_carry_the_documented_names() -> None:
     total.toggle_active_sequences_sum, total.toggle_count = 2, 1
     metrics = total.metrics()
     names = "acceptance_rate alpha mean_acceptance_length num_speculative_tokens speculative_round_fraction "
-    names += "toggle_active_sequences tokens_per_s rollout_s refresh_s estimated_speedup estimated_speedup_error drafter_bytes kv_bytes "
+    names += "toggle_active_sequences tokens_per_s rollout_s refresh_s estimated_speedup drafter_bytes kv_bytes "
+    names += "estimated_speedup_error "
     names += "acceptance_rate_pos_0 acceptance_rate_pos_1 acceptance_rate_pos_2"
     assert {f"selfspec/{name}" for name in names.split()} <= metrics.keys()
     assert "selfspec/acceptance_rate_pos_3" not in metrics

@@ -265,7 +265,7 @@ class Controller:
         self._wasted_s += max(seconds, 0.0)
 
     def _charge_trial(self, rows: int, gamma: int, seconds: float, trial: Trial) -> None:
-        """Counts as at worst a draft as dear as the target, or 3 times what is known: outliers hit plain rounds too."""
+        """Counts a draft step at most as a plain round, or 3 times what is known: outliers hit plain rounds too."""
         expected = next((o.seconds for o in self._options(rows) if o.gamma == gamma), None)
         plain = self.plain_seconds(rows) or seconds
         cap = (2 * gamma + 1) * plain if expected is None else 3 * expected

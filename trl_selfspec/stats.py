@@ -277,8 +277,8 @@ class PlainComparison:
     """Compares a rollout's speculative rounds with the plain rounds nearest to them in time, so that drift cancels.
 
     A segment is a run of plain rounds, up to `ANCHOR_ROUNDS` of them, with the speculative rounds on either side that
-    are nearer to it than to the next run. Each run counts in one segment, so that segments err independently. Rounds of different
-    sizes are compared by what plain rounds of these sizes usually take, of which only the ratio matters.
+    are nearer to it than to the next run. Each run counts in one segment, so that segments err independently. Rounds
+    of different sizes are compared by what plain rounds of these sizes usually take, of which only the ratio matters.
 
     Args:
         stats: where segments are added.
