@@ -33,7 +33,13 @@ import grpo_math
 
 LIMIT = 0.03  # of a step
 OWNERS = ("rollout", "refresh", "ours", "trl")
-ENGINE = {"generate": "rollout", "release": "rollout", "refresh": "refresh", "_current_drafter": "refresh"}
+ENGINE = {
+    "generate": "rollout",
+    "release": "rollout",
+    "refresh": "refresh",
+    "_drafter_of_due_form": "refresh",
+    "_requantize": "refresh",
+}
 
 
 class Ledger:

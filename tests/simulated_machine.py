@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from trl_selfspec.controller import Controller
+from trl_selfspec.stats import PlainComparison, RolloutStats
 
 
 Chooser = Callable[[int], int]
@@ -21,31 +22,59 @@ class Machine:
     noise: float = 0.03
     outliers: float = 0.0  # chance of a measurement ten times too long
     seed: int = 0
+    requantize: float = 0.0  # before the first draft of a rollout
+    build: float = 0.0  # before the first of all
+    slowness: Callable[[float], float] | None = None  # by the seconds so far; None: always 1
     seconds: float = 0.0  # without outliers, which no choice can avoid
     choices: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
+        self.plain_seconds = 0.0  # what plain rounds would have taken at each moment for the tokens of that moment
+        self.stats = RolloutStats()
+        self.comparison = PlainComparison(self.stats)
+
+    @property
+    def slowness_now(self) -> float:
+        return 1.0 if self.slowness is None else self.slowness(self.seconds)
 
     def measure(self, seconds: float) -> float:
-        seconds *= max(0.5, self.random.gauss(1.0, self.noise))
+        seconds *= self.slowness_now * max(0.5, self.random.gauss(1.0, self.noise))
         self.seconds += seconds
         return seconds * (10 if self.random.random() < self.outliers else 1)
 
     def round(self, rows: int, controller: Controller | None, gamma: int) -> list[int]:
         """One round, reported to the controller; returns the tokens each row gained."""
         self.choices.append(gamma)
+        plain_s = self.target(rows, 1) * self.slowness_now
         if gamma == 0:
             seconds = self.measure(self.target(rows, 1))
+            self.plain_seconds += plain_s
             if controller is not None:
                 controller.observe_plain(rows, seconds)
+                self.comparison.add_plain_round(seconds, controller.usual_plain_seconds(rows))
+                self.stats.add_plain_round(rows, seconds)
             return [1] * rows
         draft_s, verify_s = self.measure(gamma * self.draft(rows)), self.measure(self.target(rows, gamma + 1))
         counts = [self._accepted(rows, gamma) for _ in range(rows)]
         accepted = [sum(n > i for n in counts) for i in range(gamma)]
+        examined, tokens = [rows, *accepted[:-1]], 1 + sum(counts) / rows
+        self.plain_seconds += plain_s * tokens
         if controller is not None:
-            controller.observe_speculative(rows, gamma, draft_s, verify_s, accepted, [rows, *accepted[:-1]])
+            usual_s = controller.usual_plain_seconds(rows)
+            controller.observe_speculative(rows, gamma, draft_s, verify_s, accepted, examined)
+            self.comparison.add_speculative_round(draft_s + verify_s, tokens, usual_s)
+            self.stats.add_speculative_round(rows, gamma, draft_s, verify_s, accepted, examined)
         return [n + 1 for n in counts]
+
+    def _prepare_drafter(self, controller: Controller) -> None:
+        """Before the first draft of a rollout."""
+        building = not any(self.choices)
+        seconds = self.requantize + self.build * building
+        self.seconds += seconds
+        self.stats.requantize_s += seconds
+        self.stats.refresh_s += seconds
+        controller.observe_requantize(seconds, typical=not building)
 
     def _accepted(self, rows: int, gamma: int) -> int:
         return next((i for i in range(gamma) if self.random.random() >= self.alpha(rows, i)), gamma)
@@ -59,12 +88,20 @@ class Machine:
 
     def rollout(self, lengths: Sequence[int], choose: Chooser, controller: Controller | None = None) -> float:
         """Until every row has its length; returns the seconds it took."""
-        start, left = self.seconds, list(lengths)
+        start, left, drafted = self.seconds, list(lengths), False
+        requantize_s = self.stats.requantize_s
         if controller is not None:
             controller.begin_rollout()
         while left:
-            gained = self.round(len(left), controller, choose(len(left)))
+            gamma = choose(len(left))
+            if gamma and not drafted and controller is not None and self.requantize:
+                self._prepare_drafter(controller)
+            drafted |= gamma > 0
+            gained = self.round(len(left), controller, gamma)
             left = [need - got for need, got in zip(left, gained, strict=True) if need > got]
+        if controller is not None:
+            self.comparison.end()
+        self.stats.rollout_s += self.seconds - start - (self.stats.requantize_s - requantize_s)
         return self.seconds - start
 
     def best(self, rows: int) -> int:
@@ -133,3 +170,21 @@ def seconds_of(regime: tuple, choose: Chooser | None, seeds: Sequence[int]) -> f
     *law, rows = regime
     machines = [Machine(*law, seed=s) for s in seeds]
     return sum(m.rollout(lengths(rows, s), choose or m.best) for m, s in zip(machines, seeds, strict=True))
+
+
+def cpu(rows: int, tokens: int) -> float:
+    """Milliseconds of a policy of 135M parameters: 35 for 16 rows, 61 for 32 tokens."""
+    return 9 + 1.625 * rows * tokens
+
+
+SHORT_ROLLOUTS = (cpu, lambda rows: 0.6 * cpu(rows, 1), constant(0.72), 16)  # SmolLM2's, at 16 rows
+PAYING_ROLLOUTS = (gpu, share_of_gpu(0.3), constant(0.8), 16)  # about 1.5 times as fast
+
+
+def short_lengths(seed: int, rows: int = 16, longest: int = 96) -> list[int]:
+    return [min(longest, length) for length in lengths(rows, seed, mean=80)]
+
+
+def drifting(by: float = 3.0, period: float = 30e3) -> Callable[[float], float]:
+    """Slows down to `by` times the seconds and recovers, over and over."""
+    return lambda seconds: by ** (0.5 - 0.5 * math.cos(2 * math.pi * seconds / period))

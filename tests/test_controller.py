@@ -126,31 +126,31 @@ def test_the_next_rollout_does_not_start_from_the_last_rows_acceptance() -> None
 
 @pytest.mark.parametrize("regime", [WINNING["memory-bound"], WINNING["dear draft"], LOSING["draft as dear as plain"]])
 def test_outliers_do_not_move_it(regime: tuple) -> None:
-    """One round in fifty takes ten times as long, as on a shared machine: costs 3 % at most."""
+    """One round in fifty takes ten times as long, as on a shared machine: costs 3 % at most, over eight rollouts."""
     *law, rows = regime
     spent = []
     for outliers in (0.0, 0.02):
-        controller, machine = Controller(), Machine(*law, outliers=outliers)
-        spent.append(sum(machine.rollout(lengths(rows, s), controller.choose, controller) for s in range(4)))
+        runs = [(Controller(), Machine(*law, outliers=outliers, seed=seed)) for seed in range(4)]
+        spent.append(sum(m.rollout(lengths(rows, m.seed + s), c.choose, c) for c, m in runs for s in range(2)))
     assert spent[1] < 1.03 * spent[0]
 
 
 @pytest.mark.parametrize("at", range(12))
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_one_outlier_does_not_flip_the_gate(share: float, at: int) -> None:
-    """Wherever it falls, in the first measurements too."""
+    """Wherever it falls, in the first measurements too. While on, plain rounds are sampled now and then."""
     machine, controller = Machine(gpu, share_of_gpu(share), constant(0.9), noise=0.0), Controller()
     for i in range(200):
         rows, machine.outliers = 4, float(i == at)
         machine.round(rows, controller, controller.choose(rows))
-    assert sum(map(bool, machine.choices[-50:])) == pytest.approx(50 if share == 0.3 else 0, abs=2)
+    assert sum(map(bool, machine.choices[-50:])) == pytest.approx(50 if share == 0.3 else 0, abs=4)
 
 
 def test_without_the_median_an_outlier_would_flip_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: costs that are the last measurement alone."""
     monkeypatch.setattr("trl_selfspec.estimates.WINDOW", 1)
     with pytest.raises(AssertionError):
-        test_outliers_do_not_move_it(WINNING["dear draft"])
+        test_outliers_do_not_move_it(WINNING["memory-bound"])
 
 
 def test_the_gate_does_not_flap() -> None:
@@ -280,7 +280,7 @@ def test_a_resumed_run_does_not_learn_again(name: str, drafts: bool) -> None:
     resumed.load_state_dict(controller.state_dict())
     choices = {c: Machine(*law, seed=1).rounds(rows, c, 50) for c in (resumed, Controller())}
     as_learned = [sum(bool(gamma) is drafts for gamma in chosen) for chosen in choices.values()]
-    assert as_learned[0] >= 49 > as_learned[1]
+    assert as_learned[0] >= (47 if drafts else 50) > as_learned[1]
 
 
 def test_state_of_another_machine_is_unlearned() -> None:
@@ -299,7 +299,11 @@ def test_state_of_another_machine_is_unlearned() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("version", 2),
+        ("version", 1),
+        ("version", 3),
+        ("pace", 0.0),
+        ("clock_s", None),
+        ("failures", -1),
         ("plain", None),
         ("plain", [[4, 4.0]]),
         ("plain", [[4, 4.0, -1.0]]),
@@ -310,6 +314,7 @@ def test_state_of_another_machine_is_unlearned() -> None:
         ("accepted", [9.0] * 16),
         ("examined", ["1"] * 16),
         ("requantize_s", 1.0),
+        ("rollouts_s", [0.0]),
         ("plain_rounds", True),
     ],
 )

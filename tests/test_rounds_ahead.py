@@ -151,11 +151,11 @@ def test_building_the_drafter_is_no_price_of_quantizing(model: PreTrainedModel, 
     """Kernels compile once; a gate that took this for the price of every rollout would never draft again."""
     made, prices = SelfSpecEngine(model, SelfSpecOptions(num_speculative_tokens=2)), []
     made.controller = Schedule(2)  # type: ignore[assignment]
-    made.controller.observe_requantize = prices.append  # type: ignore[method-assign]
+    made.controller.observe_requantize = lambda seconds, typical: prices.append(typical)  # type: ignore[method-assign]
     for _ in range(3):
         made.generate(PROMPTS, GenerationConfig(max_new_tokens=6, pad_token_id=0), seed=0)
         made.refresh()
-    assert len(prices) == 2, "of three rollouts, the first built the drafter"
+    assert prices == [False, True, True], "of three rollouts, the first built the drafter"
 
 
 class ReadLate(Controller):

@@ -29,7 +29,6 @@ ALWAYS_LOGGED = [
     "selfspec/rollout_s",
     "selfspec/rollout_step_fraction",
     "selfspec/refresh_s",
-    "selfspec/estimated_speedup",
     "selfspec/drafter_bytes",
     "selfspec/kv_bytes",
     "selfspec/speculative_round_fraction",

@@ -94,40 +94,33 @@ def test_the_drafter_follows_every_nth_step_and_the_target_every_step(
     assert calls == draft
 
 
-def test_one_refresh_serves_all_generations_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluation generates once per batch with the same weights; each refresh copies them."""
-    calls: list[bool] = []
-    original = SelfSpecEngine.refresh
-    monkeypatch.setattr(
-        SelfSpecEngine, "refresh", lambda engine, draft=True: (calls.append(draft), original(engine, draft))[1]
-    )
+def test_one_quantization_serves_all_generations_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation generates once per batch with the same weights; only copies of the target are renewed each time."""
+    calls: list[int] = []
+    original = engines.requantize
+    monkeypatch.setattr(engines, "requantize", lambda *args: (calls.append(1), original(*args))[1])
     trainer = make_trainer(tmp_path, trainer_kwargs={"eval_dataset": make_dataset()}, **ALWAYS_SPECULATE)
     trainer.evaluate()
-    assert calls == []
+    assert len(calls) == 1
     with torch.no_grad():
         trainer.model.lm_head.weight.mul_(1.1)
     trainer.evaluate()
-    assert calls == [False]
+    assert len(calls) == 1  # the same step: not before the interval is over
 
 
 def test_the_best_model_is_followed_where_versions_do_not_tell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DeepSpeed loads past version counters and without a step: evaluation would sample from the last weights."""
-    calls: list[bool] = []
-    original = SelfSpecEngine.refresh
-    monkeypatch.setattr(
-        SelfSpecEngine, "refresh", lambda engine, draft=True: (calls.append(draft), original(engine, draft))[1]
-    )
-    monkeypatch.setattr(Trainer, "_load_best_model", lambda trainer: trainer.model.lm_head.weight.data.mul_(1.1))
-    trainer = make_trainer(tmp_path, **ALWAYS_SPECULATE)
-    for _ in range(2):
-        trainer.generate_ids([[5, 6, 7]])
-    assert calls == []
+    monkeypatch.setattr(Trainer, "_load_best_model", lambda trainer: trainer.model.lm_head.weight.data.mul_(-1.0))
+    trainer = make_trainer(tmp_path, bf16=True, **ALWAYS_SPECULATE)  # under autocast the target has copies
+    trainer.generation_config.do_sample = False
+    before = trainer.generate_ids([[5, 6, 7]])
+    assert trainer.generate_ids([[5, 6, 7]]) == before
     trainer._load_best_model()
-    for _ in range(2):
-        trainer.generate_ids([[5, 6, 7]])
-    assert len(calls) == 1
+    best = make_trainer(tmp_path, model=trainer.model, bf16=True, **ALWAYS_SPECULATE)
+    best.generation_config.do_sample = False
+    assert trainer.generate_ids([[5, 6, 7]]) == best.generate_ids([[5, 6, 7]]) != before
 
 
 def test_a_resumed_run_continues_the_interrupted_one_bit_for_bit(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from trl_selfspec.attention import bind_cache
 from trl_selfspec.controller import Controller
 from trl_selfspec.drafter import drafter_bytes, has_live_adapters, make_drafter, requantize
-from trl_selfspec.forms import measured_choice
+from trl_selfspec.forms import measured_choice, requantize_seconds
 from trl_selfspec.graphs import CudaCapture, GraphPool
 from trl_selfspec.kept import KeptRows
 from trl_selfspec.law import SamplingLaw, effective_generation_config
@@ -108,8 +108,11 @@ class SelfSpecEngine:
         if self._context_length is not None and self._context_length < 1:  # XLNet's -1: no limit
             self._context_length = None
         self.calibration = self_check(self._mirror, self._policy, self._forward_context())
+        self._mirror.mark_current()
         self.draft_qtype = resolve_qtype(self.options.draft_qtype, self.device, self._dtype)
         self._form = measured_choice(self._mirror, self.draft_qtype, by_cost=not self.controller.counts_alone)
+        if self.controller.measures:  # before the first rollout: it imports quanto, which takes seconds
+            self.controller.expect_requantizing(requantize_seconds(self._mirror, self.draft_qtype))
         self._drafter: torch.nn.Module | None = None
         self._drafter_version: int | None = None
         self._wanted_version = self._mirror.version
@@ -320,8 +323,6 @@ class SelfSpecEngine:
             before = self._drafter
             start = self._seconds()
             runner.drafter = self._drafter_of_due_form()
-            self._refresh_s += self._seconds() - start
-            start = self._seconds()
             self._requantize()
             bind_cache(runner.drafter, cache)
             seconds = self._seconds() - start

@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
-from math import isfinite
+from math import isfinite, log
 from statistics import median_low
 from typing import Any
 
@@ -52,7 +52,19 @@ class CostCurve:
         if len(samples) == 1:
             estimate = min(estimate, self._warm_up[key])
         self._estimates[key] = (median_low([count for count, _ in samples]), estimate)
-        self._points = sorted(self._estimates.values())
+        self._points = self._monotone()
+
+    def _monotone(self) -> list[tuple[float, float]]:
+        """Estimates by n. More never costs less: what few measurements say is bounded by what many say of others."""
+        points = sorted(self._estimates.items(), key=lambda item: item[1])
+        settled = [point for key, point in points if self.is_settled(key)]
+        bounded = []
+        for key, (n, seconds) in points:
+            if not self.is_settled(key):
+                seconds = min([seconds, *(s for m, s in settled if m > n)])
+                seconds = max([seconds, *(s for m, s in settled if m < n)])
+            bounded.append((n, seconds))
+        return bounded
 
     @property
     def largest(self) -> float:
@@ -60,6 +72,19 @@ class CostCurve:
 
     def covers(self, n: int, reach: float = REACH) -> bool:
         return any(n / reach <= count <= n * reach for count, _ in self._points)
+
+    @property
+    def count(self) -> int:
+        """Sizes measured."""
+        return len(self._points)
+
+    def has(self, n: int) -> bool:
+        """Whether this very size, or one of its bucket, was measured."""
+        return bucket(n) in self._estimates
+
+    def nearest(self, n: int) -> tuple[float, float]:
+        """The measured size nearest to n, and its seconds."""
+        return min(self._points, key=lambda point: abs(log(point[0] / n)))
 
     def is_settled(self, n: int) -> bool:
         """Whether a single measurement in a bad moment can't make much of a difference at n."""
@@ -88,7 +113,7 @@ class CostCurve:
             key, n, seconds = (positive(value) for value in row)
             curve._samples[int(key)] = deque([(int(n), seconds)] * 2, maxlen=WINDOW)
             curve._estimates[int(key)] = (int(n), seconds)
-        curve._points = sorted(curve._estimates.values())
+        curve._points = curve._monotone()
         return curve
 
 

@@ -100,6 +100,17 @@ def form_costs(mirror: Mirror, qtype: str, num_rows: int) -> FormCosts | None:
     return FormCosts(live, merged)
 
 
+@torch.no_grad()
+def requantize_seconds(mirror: Mirror, qtype: str) -> float:
+    """What quantizing the whole mirror should take, from one layer of middle size."""
+    weights = [module.weight for module in mirror.model.modules() if isinstance(module, MirrorLinear)]
+    if not weights:
+        return 0.0
+    sample = sorted(weights, key=torch.numel)[len(weights) // 2]
+    out_features, in_features = sample.shape
+    return _merged_seconds(sample, qtype, out_features, in_features) * sum(map(torch.numel, weights)) / sample.numel()
+
+
 def _lora_layers(mirror: Mirror) -> Iterator[tuple[MirrorLinear, int]]:
     """Layers whose adapters may stay live, with the rank of all active ones together."""
     for name, module in mirror.model.named_modules():

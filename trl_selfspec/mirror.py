@@ -181,6 +181,10 @@ class Mirror:
             self.version += 1
         return moved
 
+    def mark_current(self) -> None:
+        """Takes the policy's state as the one that the mirror has: FSDP2 moves its shards in a first forward."""
+        self._state = self._policy_state()
+
     def tree(
         self,
         attention: str = IMPLEMENTATION,

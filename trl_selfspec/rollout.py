@@ -11,7 +11,7 @@ from trl_selfspec.controller import Controller
 from trl_selfspec.kept import KeptRows
 from trl_selfspec.rounds import PendingRound, RoundResult, RoundRunner
 from trl_selfspec.scheduler import Request, Scheduler
-from trl_selfspec.stats import RolloutStats
+from trl_selfspec.stats import PlainComparison, RolloutStats
 from trl_selfspec.timing import Clock
 from trl_selfspec.transfer import to_device
 
@@ -58,7 +58,7 @@ class Rollout:
     scheduler: Scheduler
     kept: KeptRows  # of the runner's cache
     controller: Controller
-    prepare_drafter: Callable[[], tuple[float, bool]]  # makes it current; seconds, and whether later ones take as many
+    prepare_drafter: Callable[[], tuple[float, bool]]  # makes it current; seconds, and whether it was there before
     drafter_is_current: bool = False
     keep: bool = False  # finished rows, for later rollouts
     on_round: Callable[[Progress], None] | None = None
@@ -72,6 +72,7 @@ class Rollout:
         self.policy_logprobs: list[list[float]] = [[] for _ in range(num_rows)]
         self._in_flight: deque[Launched] = deque()
         self._prefills: list[Clock] = []
+        self._comparison = PlainComparison(self.stats)
         self._drawn: list[tuple] = []  # row id, tokens, log-probabilities twice: on the device
 
     def run(self) -> None:
@@ -86,6 +87,7 @@ class Rollout:
                     self._report(gamma, time.perf_counter() - start)
         assert not self.scheduler.waiting, "every request fits into an empty cache"
         self._collect()
+        self._comparison.end()
         self.stats.prefill_s += sum(clock.laps()[0] for clock in self._prefills)
         self.stats.rollout_s += time.perf_counter() - start
 
@@ -120,9 +122,8 @@ class Rollout:
     def _draft_with_current_weights(self) -> None:
         if self.stats.toggle_count:
             return
-        requantize_s, typical = self.prepare_drafter()
-        if typical:
-            self.controller.observe_requantize(requantize_s)
+        requantize_s, was_there = self.prepare_drafter()
+        self.controller.observe_requantize(requantize_s, typical=was_there)
         self.stats.requantize_s += requantize_s
         self.stats.rollout_s -= requantize_s  # counted as refresh_s
         self.stats.toggle_active_sequences_sum += self.scheduler.num_unfinished
@@ -133,22 +134,24 @@ class Rollout:
         *draft, target_s = launched.laps()
         num_rows, gamma, draft_s = launched.num_rows, launched.gamma, sum(draft)
         if not (live and launched.typical):
-            self.controller.pass_over()
+            self.controller.pass_over(num_rows, gamma, draft_s + target_s)
         if not live:  # all had ended when it began: what reading late costs
             self.stats.add_idle_round(draft_s + target_s)
             return
+        usual_s = self.controller.usual_plain_seconds(num_rows)
         if not gamma:
             if launched.typical:
                 self.controller.observe_plain(num_rows, target_s)
+                self._comparison.add_plain_round(target_s, usual_s)
             self.stats.add_plain_round(len(live), target_s)
             return
         accepted = [sum(result.accepted[row] > i for row in live) for i in range(gamma)]
         examined = [len(live), *accepted[:-1]]
         if launched.typical:
             self.controller.observe_speculative(num_rows, gamma, draft_s, target_s, accepted, examined)
-        plain_s = self.controller.plain_seconds(num_rows)
         committed = sum(result.emitted[row] for row in live)
-        self.stats.add_speculative_round(len(live), gamma, committed, draft_s, target_s, accepted, examined, plain_s)
+        self._comparison.add_speculative_round(draft_s + target_s, committed / len(live), usual_s)
+        self.stats.add_speculative_round(len(live), gamma, draft_s, target_s, accepted, examined)
         if result.draft_nan:
             self.stats.draft_nan_rounds += 1
             self.controller.disable("the drafter's logits are not finite")

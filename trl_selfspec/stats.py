@@ -6,11 +6,19 @@ examined, where a draft token is examined if all earlier ones of its round were 
 speed formulas.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import accumulate
+from math import sqrt
 from typing import Self
 
 from trl_selfspec.options import MAX_DRAFT_LENGTH
+
+
+MIN_SEGMENTS = 3  # below, an estimate's error can't be told
+MIN_COMPARED = 0.5  # of the seconds of speculative rounds; with less, the others might be different ones
+ANCHOR_ROUNDS = 4  # consecutive plain rounds that one price is averaged over
 
 
 def _per_position() -> list[int]:
@@ -27,7 +35,7 @@ class RolloutStats:
 
     A *round* is one target forward for all active rows; a *row-round* is one row's share of it. Seconds are of one
     process. `rollout_s` is the wall time of `generate` and holds `prefill_s`, `plain_s`, `draft_s` and `verify_s`, but
-    not `requantize_s`, a part of `refresh_s`. Ratios are `None` where their denominator is 0.
+    not `requantize_s`, which is a part of `refresh_s`. Ratios are `None` where their denominator is 0.
     """
 
     num_rows: int = 0
@@ -51,9 +59,15 @@ class RolloutStats:
     plain_s: float = 0.0
     draft_s: float = 0.0
     verify_s: float = 0.0
-    requantize_s: float = 0.0  # bringing the drafter up to date
+    requantize_s: float = 0.0  # bringing the drafter up to date, building it included
     refresh_s: float = 0.0  # following the policy's weights, which plain rounds need too, and requantizing
-    plain_equivalent_s: float = 0.0  # what plain rounds would have taken for the tokens of all rounds
+    # Sums over segments: plain rounds and the speculative ones nearest to them in time. See `PlainComparison`.
+    segments: int = 0
+    segment_s: float = 0.0  # of the speculative rounds
+    segment_plain_s: float = 0.0  # what plain rounds would have taken for their tokens
+    segment_sq: float = 0.0  # squares and products of the two, for the error
+    segment_plain_sq: float = 0.0
+    segment_product: float = 0.0
     drafter_bytes: int = 0
     kv_bytes: int = 0  # pages of keys and values, in use or not
     graph_pool_bytes: int = 0  # what captured rounds compute with
@@ -62,23 +76,19 @@ class RolloutStats:
         self.plain_rounds += 1
         self.plain_row_rounds += rows
         self.plain_s += seconds
-        self.plain_equivalent_s += seconds
 
     def add_idle_round(self, seconds: float) -> None:
         """One that was launched before the host knew that all its rows had ended."""
         self.plain_s += seconds
-        self.plain_equivalent_s += seconds
 
     def add_speculative_round(
         self,
         rows: int,
         gamma: int,
-        committed: int,  # tokens kept over all rows, after EOS and length limits
         draft_s: float,
         verify_s: float,
         accepted: Sequence[int],  # per position, over rows
         examined: Sequence[int],  # per position, over rows
-        plain_round_s: float | None,  # Controller.plain_seconds(rows); None counts the round as worth its own seconds
     ) -> None:
         self.num_rounds_speculative += 1
         self.draft_steps += gamma
@@ -88,8 +98,15 @@ class RolloutStats:
             self.accepted_per_position[i] += accepted[i]
         self.draft_s += draft_s
         self.verify_s += verify_s
-        known = plain_round_s is not None
-        self.plain_equivalent_s += plain_round_s * committed / rows if known else draft_s + verify_s
+
+    def add_segment(self, seconds: float, plain_s: float) -> None:
+        """Speculative rounds, and what plain rounds of the same minute would have taken for their tokens."""
+        self.segments += 1
+        self.segment_s += seconds
+        self.segment_plain_s += plain_s
+        self.segment_sq += seconds * seconds
+        self.segment_plain_sq += plain_s * plain_s
+        self.segment_product += seconds * plain_s
 
     @property
     def num_drafts(self) -> int:
@@ -144,14 +161,36 @@ class RolloutStats:
 
     @property
     def estimated_speedup(self) -> float | None:
-        """Seconds this rollout would have taken in plain rounds / seconds it took, requantizing included.
+        """Seconds that this rollout would have taken in plain rounds / seconds it took, refreshes included.
 
-        The plain rollout keeps what both share (prefill, scheduling), needs no drafter, and replaces the rounds'
-        seconds by `plain_equivalent_s`: a plain round counts as itself, a speculative one as tokens per row x the
-        measured seconds of a plain round of as many rows. Without speculation it is 1.
+        The plain rollout keeps what both share (prefill, scheduling, following the policy), needs no drafter, and
+        takes for the tokens of speculative rounds what the plain rounds next to them took. Without speculation it is
+        1; `None` where too few plain rounds were sampled to say.
         """
-        rounds_s = self.plain_s + self.draft_s + self.verify_s
-        return _ratio(self.rollout_s - rounds_s + self.plain_equivalent_s, self.rollout_s + self.requantize_s)
+        speculative_s = self.draft_s + self.verify_s
+        ratio = self._plain_ratio if speculative_s else 0.0
+        if ratio is None:
+            return None
+        total_s = self.rollout_s + self.refresh_s
+        return _ratio(total_s - self.requantize_s + (ratio - 1) * speculative_s, total_s)
+
+    @property
+    def estimated_speedup_error(self) -> float | None:
+        """Standard error of `estimated_speedup`, by the spread of the ratio over segments."""
+        speculative_s = self.draft_s + self.verify_s
+        if not speculative_s:
+            return None if self.estimated_speedup is None else 0.0
+        if (ratio := self._plain_ratio) is None:
+            return None
+        squares = self.segment_plain_sq - 2 * ratio * self.segment_product + ratio**2 * self.segment_sq
+        variance = max(squares, 0.0) * self.segments / (self.segments - 1) / self.segment_s**2
+        return _ratio(sqrt(variance) * speculative_s, self.rollout_s + self.refresh_s)
+
+    @property
+    def _plain_ratio(self) -> float | None:
+        """Seconds of plain rounds per second of speculative ones, for the same tokens."""
+        enough = self.segment_s >= MIN_COMPARED * (self.draft_s + self.verify_s)
+        return self.segment_plain_s / self.segment_s if enough and self.segments >= MIN_SEGMENTS else None
 
     def __iadd__(self, other: Self) -> Self:
         for f in fields(self):
@@ -188,6 +227,7 @@ class RolloutStats:
             "rollout_s": self.rollout_s / num_ranks,
             "refresh_s": self.refresh_s / num_ranks,
             "estimated_speedup": self.estimated_speedup,
+            "estimated_speedup_error": self.estimated_speedup_error,
             "reused_prompt_tokens": float(self.reused_prompt_tokens),
             "drafter_bytes": float(self.drafter_bytes),
             "kv_bytes": float(self.kv_bytes),
@@ -225,9 +265,65 @@ class RolloutStats:
             if isinstance(value, list):
                 setattr(stats, f, [round(next(values)) for _ in value])
             else:
-                setattr(stats, f, next(values) if f.endswith("_s") else round(next(values)))
+                setattr(stats, f, next(values) if isinstance(value, float) else round(next(values)))
         return stats
 
 
 _MAXIMA = tuple(f.name for f in fields(RolloutStats) if f.name.endswith("_bytes"))
 _SUMMED = tuple(f.name for f in fields(RolloutStats) if f.name not in _MAXIMA)
+
+
+class PlainComparison:
+    """Compares a rollout's speculative rounds with the plain rounds nearest to them in time, so that drift cancels.
+
+    A segment is a run of plain rounds, up to `ANCHOR_ROUNDS` of them, with the speculative rounds on either side that
+    are nearer to it than to the next run. Each run counts in one segment, so that segments err independently. Rounds
+    of different sizes are compared by what plain rounds of these sizes usually take, of which only the ratio matters.
+
+    Args:
+        stats: where segments are added.
+    """
+
+    def __init__(self, stats: RolloutStats) -> None:
+        self._stats = stats
+        self._plain: deque[float] = deque(maxlen=ANCHOR_ROUNDS)  # seconds / usual seconds, of the last run
+        self._before: list[tuple[float, float]] = []  # speculative rounds nearer to this run than to the one before
+        self._after: list[tuple[float, float]] = []  # since this run
+
+    def add_plain_round(self, seconds: float, usual_s: float | None) -> None:
+        if usual_s is None:
+            return
+        if self._after:
+            half = self._half() if self._plain else 0
+            self._close(self._before + self._after[:half])
+            self._before, self._after = self._after[half:], []
+            self._plain.clear()
+        self._plain.append(seconds / usual_s)
+        if self._before and len(self._plain) == ANCHOR_ROUNDS:  # a long run's end may be another time
+            self._close(self._before)
+            self._before = []
+
+    def add_speculative_round(
+        self,
+        seconds: float,
+        tokens: float,  # kept per row
+        usual_s: float | None,  # what a plain round over as many rows usually takes
+    ) -> None:
+        if usual_s is not None:
+            self._after.append((seconds, tokens * usual_s))
+
+    def end(self) -> None:
+        """The rollout is over: the last rounds belong to the last run."""
+        self._close(self._before + self._after)
+        self._before, self._after = [], []
+
+    def _half(self) -> int:
+        """How many of the last rounds lie in the first half of their seconds."""
+        ends = list(accumulate(seconds for seconds, _ in self._after))
+        return sum(end <= ends[-1] / 2 for end in ends)
+
+    def _close(self, rounds: list[tuple[float, float]]) -> None:
+        if rounds and self._plain:
+            pace = sum(self._plain) / len(self._plain)
+            seconds, usual_s = (sum(values) for values in zip(*rounds, strict=True))
+            self._stats.add_segment(seconds, pace * usual_s)
