@@ -308,7 +308,9 @@ def _refuse_device(base: PreTrainedModel) -> None:
             "on one device."
         )
     if others := devices - {"cpu", "cuda", "meta"}:
-        raise UnsupportedModelError(f"the policy is on {', '.join(sorted(others))}, and the engine runs on CPU and CUDA.")
+        raise UnsupportedModelError(
+            f"the policy is on {', '.join(sorted(others))}, and the engine runs on CPU and CUDA."
+        )
 
 
 def _refuse_batch_dependent_rope(base: PreTrainedModel) -> None:
