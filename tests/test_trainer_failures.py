@@ -1,4 +1,5 @@
-"""Whatever goes wrong with the engine ends in TRL's own generation or in plain rounds, with one warning that says why."""
+"""Whatever goes wrong with the engine ends in TRL's own generation or in plain rounds, with one warning that says why.
+"""
 
 import copy
 import json
@@ -85,7 +86,7 @@ def test_a_rollout_that_fails_is_generated_by_trl(
 def test_a_drafter_that_fails_leaves_plain_rounds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: str
 ) -> None:
-    """A layer that can't be quantized or a router that reads its weights ended the run; the engine needs no drafter."""
+    """A layer that can't be quantized, or a router that reads its weights, ended the run."""
     greedy: dict[str, Any] = {"generation_kwargs": {"do_sample": False}}
     expected, reward = Recorder(), Recorder()
     train(make_trainer(tmp_path, reward=expected, selfspec_num_speculative_tokens=0, **greedy))

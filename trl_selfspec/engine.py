@@ -1,7 +1,7 @@
 """Batched self-speculative generation for transformers causal LMs: token ids in, token ids and log-probabilities out.
 
-The engine decodes with a mirror of the model and drafts with the same weights, quantized. It runs the model itself only
-to check the mirror against it, never changes or hooks it, and takes token ids, never a tokenizer or a trainer.
+The engine decodes with a mirror of the model and drafts with the same weights, quantized. It runs the model itself
+only to check the mirror against it, never changes or hooks it, and takes token ids, never a tokenizer or a trainer.
 """
 
 import contextlib

@@ -43,7 +43,7 @@ class Calibration:
         noise: total variation between stock ways of computing the same distribution.
         distance: total variation between the engine's distribution and the policy's.
         limit: the largest `distance` that passes.
-        logprob_noise: mean |difference| of a drawn token's log-probability, the larger of stock ways' and the engine's.
+        logprob_noise: mean |difference| of a drawn token's log-probability, of stock ways or of the engine.
     """
 
     noise: float
