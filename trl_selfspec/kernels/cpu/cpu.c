@@ -3,7 +3,7 @@
  *
  * An output element is summed in an order that depends on its own row alone, never on the other rows or on
  * the number of threads: results are batch-invariant.
- * It needs AVX2 and FMA. It is compiled with -fopenmp but linked without an OpenMP runtime: the
+ * It needs AVX2 and FMA, and uses AVX-512 where `vectors.c` says so. It is compiled with -fopenmp but linked without an OpenMP runtime: the
  * symbols resolve to the runtime that torch has loaded, so both share one pool and torch.set_num_threads.
  */
 #include <immintrin.h>
@@ -121,6 +121,7 @@ static int useful_threads(double work, int most) {
     return (int)MIN((double)most, 1 + work / MIN_WORK);
 }
 
+#include "vectors.c"
 #include "linear.c"
 #include "attention.c"
 #include "norm.c"

@@ -5,6 +5,7 @@ import struct
 import torch
 from torch import Tensor
 
+from trl_selfspec.kernels.cpu import machine
 from trl_selfspec.kernels.cpu.build import functions
 from trl_selfspec.kernels.cpu.linear import DTYPES, PreparedLinear
 from trl_selfspec.kernels.norm import FastRMSNorm
@@ -12,7 +13,7 @@ from trl_selfspec.kernels.parts import DecoderParts, Pages
 
 
 LANES = 16  # halves of a head, and features per thread, are whole vectors
-MAX_TOKENS = 64  # per forward; for more, a call more or less matters little
+MAX_TOKENS = 64  # per forward, at most; for more, a call more or less matters little
 _STEP = struct.Struct("8Q5q")  # the first fields of `DecoderLayer` in layer.c: addresses, then sizes
 
 
@@ -39,9 +40,10 @@ class CpuDecoderLayer:
         return same and all(size % LANES == 0 for size in sizes) and len(_projections(parts)) == len(parts.linears)
 
     def takes(self, x: Tensor, cos: Tensor, pages: Pages) -> bool:
-        """Whether these are few tokens of the right dtypes."""
-        in_place = pages.owner.rows_in_place
-        return in_place and x.shape[0] * x.shape[1] <= MAX_TOKENS and pages.keys.dtype is x.dtype is self.parts.dtype
+        """Whether these are few tokens of the right dtypes: so few that no linear layer would leave them to torch."""
+        dtype, num_tokens = self.parts.dtype, x.shape[0] * x.shape[1]
+        few = num_tokens <= min(MAX_TOKENS, machine.max_rows(dtype))
+        return few and pages.owner.rows_in_place and pages.keys.dtype is x.dtype is dtype
 
     def precede(self, norm: FastRMSNorm, dtype: torch.dtype | None) -> None:
         """Nothing to gain: the next call begins with that norm."""
