@@ -37,6 +37,7 @@ _SIGNATURES = {
     "linear": (_STRUCT, _INT, _SIZE, _POINTER, _POINTER, _INT),
     "decoder_layer": (_STRUCT, _INT),
     "attention": (_STRUCT, _INT),
+    "sample": (_INT, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER, _POINTER),
     "rms_norm": (_INT, _SIZE, _SIZE, _DOUBLE, _POINTER, _INT, _POINTER, _INT, _POINTER, _INT),
 }
 

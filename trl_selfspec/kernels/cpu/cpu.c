@@ -1,4 +1,4 @@
-/* What one decode step needs on x86 CPUs: linear layers, attention over the cache, norms. This file holds what
+/* What one decode step needs on x86 CPUs: linear layers, attention over the cache, norms, draws. This file holds what
  * they share and includes them.
  *
  * An output element is summed in an order that depends on its own row alone, never on the other rows or on
@@ -126,3 +126,4 @@ static int useful_threads(double work, int most) {
 #include "attention.c"
 #include "norm.c"
 #include "layer.c"
+#include "sampling.c"
