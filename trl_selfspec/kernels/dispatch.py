@@ -16,7 +16,7 @@ def linear(
 ) -> Tensor:  # (..., N)
     """`F.linear` for inference, through our kernel where that is faster: see `machine.MAX_ROWS`."""
     ours = _is_ours(weight) and x.dtype is weight.dtype
-    return FewRowsLinear(weight, bias=bias)(x) if ours else F.linear(x, weight, bias)
+    return FewRowsLinear(weight, bias)(x) if ours else F.linear(x, weight, bias)
 
 
 def prepare_linear(
@@ -27,16 +27,20 @@ def prepare_linear(
 
     The tensors may be re-pointed (`parameter.data = ...`), not replaced.
     """
-    return FewRowsLinear(weight, bias=bias) if _is_ours(weight) else lambda x: F.linear(x, weight, bias)
+    return FewRowsLinear(weight, bias) if _is_ours(weight) else lambda x: F.linear(x, weight, bias)
 
 
 class FewRowsLinear(PreparedLinear):
     """A prepared dense layer, which leaves many rows to torch."""
 
-    __slots__ = ()
+    __slots__ = ("_most",)
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight, bias=bias)
+        self._most = machine.max_rows(self.dtype) * self.k
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.numel() <= machine.max_rows(self.dtype) * self.k:
+        if x.numel() <= self._most:
             return super().__call__(x)
         return F.linear(x, self.weight, self.bias)
 
