@@ -142,7 +142,7 @@ class CacheMachine(RuleBasedStateMachine):
                 continue
             self.cache.begin(torch.tensor([[len(expected) - 1]]), len(expected), rows=torch.tensor([row]))
             for index in range(LAYERS):
-                keys, values = self.cache.keys_and_values(index)
+                keys, values = self.cache.keys_and_values(self.cache.pages_of[index])
                 assert (keys[0, :, 0, 0] - 10_000 * index).tolist() == expected
                 assert torch.equal(values, -keys)
 

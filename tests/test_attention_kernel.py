@@ -203,13 +203,13 @@ def test_other_cases_take_the_other_path_and_write(spy: Spy, case: str):
     rows = torch.tensor([1, 0]) if case in ("picked rows", "fresh") else None
     cache.begin(positions, 2, rows, fresh=case == "fresh")
     cache.layers[0].update(key, key)
-    assert not cache.layers[0].keys.any()
+    assert not cache.layers[0].is_initialized
     kwargs = {"softcap": {"softcap": 5.0}, "sinks": {"s_aux": torch.zeros(1)}}.get(case, {})
     module = SimpleNamespace(paged_cache=cache, layer_idx=0)
     selfspec_attention(module, key, key, key, None, **kwargs)  # type: ignore[arg-type]
     assert spy.calls == 0
     cache.begin(positions, 2, rows)
-    assert torch.equal(cache.keys_and_values(0)[0], key.transpose(1, 2))
+    assert torch.equal(cache.keys_and_values(cache.pages_of[0])[0], key.transpose(1, 2))
 
 
 def test_binding_a_cache_hands_the_writes_over():

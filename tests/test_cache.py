@@ -198,7 +198,7 @@ def test_what_is_not_written_cannot_poison() -> None:
     cache = PagedCache(1, 2, 8, page_size=None)
     cache.begin(torch.zeros(2, 1, dtype=torch.int64), 8)
     cache.layers[0].update(torch.ones(2, 1, 1, 4), torch.ones(2, 1, 1, 4))
-    assert all(states.isfinite().all() for states in cache.keys_and_values(0))
+    assert all(states.isfinite().all() for states in cache.keys_and_values(cache.pages_of[0]))
 
 
 def test_padding_is_written_to_the_spare_page() -> None:
@@ -211,7 +211,7 @@ def test_padding_is_written_to_the_spare_page() -> None:
     states = torch.arange(1.0, 11).view(2, 1, 5, 1)
     cache.layers[0].update(states, states)
     cache.begin(torch.tensor([[1], [4]]), 5)
-    keys, _ = cache.keys_and_values(0)
+    keys, _ = cache.keys_and_values(cache.pages_of[0])
     assert keys[0, :, 0, 0].tolist() == [1, 2, 0, 0, 0]
     assert keys[1, :, 0, 0].tolist() == pad(states[1, 0, :, 0], (0, 0)).tolist()
 
@@ -224,3 +224,21 @@ def test_bytes_are_counted() -> None:
     for layer in cache.layers:
         layer.update(torch.ones(3, 2, 1, 4), torch.ones(3, 2, 1, 4))
     assert cache.nbytes == 2 * 2 * cache.num_pages * 4 * (2 * 4) * 2
+
+
+def test_layers_that_share_keys_share_their_pages() -> None:
+    """Prevents memory for states that another layer keeps, and another layer's states where keys are not shared."""
+    cache = PagedCache(3, 1, 8)
+    cache.attention_writes = True
+    cache.begin(torch.zeros(1, 1, dtype=torch.int64), 1)
+    key, value = torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 6)
+    cache.pages_of[0].update(key, value)
+    assert not cache.pages_of[0].is_initialized, "what attention is handed may have another shape"
+    assert cache.layer_of(0, key, value) is cache.pages_of[0]
+    assert cache.layer_of(2, key, value) is cache.pages_of[0]
+    assert not cache.pages_of[2].is_initialized
+    other = key.clone()
+    cache.pages_of[1].update(other, value)
+    assert cache.layer_of(1, other, value) is cache.pages_of[1]
+    assert cache.layer_of(0, other, value) is cache.pages_of[0], "a layer with pages reads its own"
+    assert (cache.pages_of[1].keys.shape[3], cache.pages_of[1].values.shape[3]) == (4, 6)

@@ -5,9 +5,10 @@ import torch
 from adapted import SWITCHES, adapted, difference, greedy, speculating, stir, two_adapters
 from tiny_models import tiny_model
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from trl_selfspec import adapters
-from trl_selfspec.drafter import LiveLoraLinear, drafter_bytes, make_drafter, requantize
+from trl_selfspec.drafter import LiveLoraLinear, QuantizedRows, drafter_bytes, make_drafter, requantize
 from trl_selfspec.mirror import Mirror
 from trl_selfspec.quantize import QuantizedLinear
 
@@ -140,3 +141,16 @@ def test_live_adapters_count_as_the_drafters_memory() -> None:
         requantize(tree, mirror)
     factors = [f for m in live.modules() if isinstance(m, LiveLoraLinear) for f in (m.down, m.up)]
     assert drafter_bytes(live) - drafter_bytes(merged) == sum(factor.nbytes for factor in factors) > 0
+
+
+def test_layers_present_the_weight_that_they_compute_with() -> None:
+    """Prevents drafts from another weight in models that read it themselves, as some routers do."""
+    x, bias = torch.randn(5, 64), nn.Parameter(torch.randn(24), requires_grad=False)
+    whole = LiveLoraLinear(64, 24, bias, "qint8", torch.float32, "cpu")
+    whole.requantize_(torch.randn(24, 64))
+    part = QuantizedRows(whole, 8, 16)
+    torch.testing.assert_close(part(x), F.linear(x, part.weight, part.bias))
+    base = whole.weight
+    whole.follow((torch.randn(2, 64), torch.randn(24, 2)))
+    assert not torch.equal(whole.weight, base)
+    torch.testing.assert_close(whole(x), F.linear(x, whole.weight, whole.bias))

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from trl_selfspec.cache import PagedCache
 from trl_selfspec.engine import SelfSpecEngine
 from trl_selfspec.kept import KeptRows, Tokens
-from trl_selfspec.memory import KVMemory, kv_bytes_per_token
+from trl_selfspec.memory import KVMemory
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.scheduler import Request
 
@@ -103,9 +103,9 @@ def test_unless_asked_a_call_does_not_know_the_ones_before(model: PreTrainedMode
 
 def test_memory_of_the_cache_that_is_replaced_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents later turns from decoding fewer rows at once because the earlier ones hold memory."""
-    config = tiny_model("llama").config
-    total, row = 2**20, kv_bytes_per_token(config, torch.float32) * 64
-    memory = KVMemory(2, config, torch.float32, None, SelfSpecOptions(num_speculative_tokens=0))
+    token_bytes = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, head size, fp32
+    total, row = 2**20, token_bytes * 64
+    memory = KVMemory(2, token_bytes, None, SelfSpecOptions(num_speculative_tokens=0))
     requests = [Request(row_id, (1, 2, 3), limit=63) for row_id in range(100)]
     device = torch.device("cpu")
 

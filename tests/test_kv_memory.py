@@ -13,13 +13,14 @@ from trl_selfspec import SelfSpecOptions, memory
 from trl_selfspec.cache import PagedCache
 from trl_selfspec.engine import SelfSpecEngine
 from trl_selfspec.kept import KeptRows
-from trl_selfspec.memory import MAX_ROWS, KVMemory, kv_bytes_per_token
+from trl_selfspec.memory import MAX_ROWS, KVMemory
 from trl_selfspec.scheduler import Request
 from trl_selfspec.stats import RolloutStats
 
 
 PAGE = 4
 DEVICE = torch.device("cpu")
+TOKEN_BYTES = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, head size, fp32: of `tiny_model("llama")`
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +35,14 @@ def _pages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def allocate(
     monkeypatch: pytest.MonkeyPatch,
-    model: PreTrainedModel,
     free_pages: int,
     requests: list[Request],
     kept: KeptRows | None = None,
     **options: Any,
 ) -> KeptRows:
-    token_bytes = kv_bytes_per_token(model.config, torch.float32)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: free_pages * PAGE * token_bytes)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free_pages * PAGE * TOKEN_BYTES)
     chosen = SelfSpecOptions(num_speculative_tokens=3, **options)
-    return KVMemory(2, model.config, torch.float32, None, chosen).allocate(requests, kept, DEVICE)
+    return KVMemory(2, TOKEN_BYTES, None, chosen).allocate(requests, kept, DEVICE)
 
 
 def requests(count: int, limit: int = 28) -> list[Request]:
@@ -53,48 +52,46 @@ def requests(count: int, limit: int = 28) -> list[Request]:
 
 @pytest.mark.parametrize(("fraction", "num_pages"), [(0.5, 50), (0.25, 25), (0.9, 90)])
 def test_pages_are_a_fraction_of_what_is_free(
-    monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, fraction: float, num_pages: int
+    monkeypatch: pytest.MonkeyPatch, fraction: float, num_pages: int
 ) -> None:
     """Prevents a cache that leaves training and activations nothing."""
-    cache = allocate(monkeypatch, model, 100, requests(40), kv_memory_fraction=fraction).cache
+    cache = allocate(monkeypatch, 100, requests(40), kv_memory_fraction=fraction).cache
     assert cache.num_free == num_pages
     assert cache.max_rows == 40, "rows are not limited to those that fit at their full length"
 
 
-def test_no_more_pages_than_can_be_used(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:
+def test_no_more_pages_than_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents a handful of short rows from taking half of the memory."""
-    assert allocate(monkeypatch, model, 10_000, requests(5)).cache.num_free == 5 * 8 + 5
-    assert allocate(monkeypatch, model, 10_000, requests(5), max_batch_size=2).cache.num_free == 2 * 8 + 2
+    assert allocate(monkeypatch, 10_000, requests(5)).cache.num_free == 5 * 8 + 5
+    assert allocate(monkeypatch, 10_000, requests(5), max_batch_size=2).cache.num_free == 2 * 8 + 2
 
 
 @pytest.mark.parametrize(("given", "rows"), [(None, MAX_ROWS), (7, 7), (300, 300)])
-def test_rows_are_as_many_as_asked_for(
-    monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, given: int | None, rows: int
-) -> None:
+def test_rows_are_as_many_as_asked_for(monkeypatch: pytest.MonkeyPatch, given: int | None, rows: int) -> None:
     """Prevents logits of a thousand rows where nobody asked for them."""
-    assert allocate(monkeypatch, model, 100, requests(500), max_batch_size=given).cache.max_rows == rows
+    assert allocate(monkeypatch, 100, requests(500), max_batch_size=given).cache.max_rows == rows
 
 
-def test_pages_that_are_held_count_as_free(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:
+def test_pages_that_are_held_count_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents a conversation from losing memory with each turn to the turns before."""
-    kept = allocate(monkeypatch, model, 32, requests(40))
-    cache, page = kept.cache, PAGE * kv_bytes_per_token(model.config, torch.float32)
+    kept = allocate(monkeypatch, 32, requests(40))
+    cache, page = kept.cache, PAGE * TOKEN_BYTES
     cache.begin(torch.zeros(1, 1, dtype=torch.int64), 1, torch.tensor([0]))
     for layer in cache.pages_of:
         layer.update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16))
     assert cache.nbytes == 17 * page
-    assert allocate(monkeypatch, model, 100 - 17, requests(40), kept) is kept, "it grows in place"
+    assert allocate(monkeypatch, 100 - 17, requests(40), kept) is kept, "it grows in place"
     assert cache.num_free == 50
     assert cache.nbytes == 51 * page
 
 
-def test_a_row_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:
+def test_a_row_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents a rollout that stands still, and an error that does not say what to do. One page more suffices."""
     with pytest.raises(ValueError, match=r"kv_memory_fraction=0\.5") as error:
-        allocate(monkeypatch, model, 2 * 7, requests(3))
+        allocate(monkeypatch, 2 * 7, requests(3))
     for part in ("32 tokens", "max_completion_length", "max_new_tokens", "KiB"):
         assert part in str(error.value)
-    assert allocate(monkeypatch, model, 2 * 8, requests(3)).cache.num_free == 8
+    assert allocate(monkeypatch, 2 * 8, requests(3)).cache.num_free == 8
 
 
 def addresses(cache: PagedCache) -> list[int]:

@@ -18,7 +18,6 @@ from trl_selfspec.engine import RolloutOutput, SelfSpecEngine
 from trl_selfspec.graphs import GraphPool
 from trl_selfspec.kept import KeptRows
 from trl_selfspec.kernels.cpu import build
-from trl_selfspec.memory import kv_bytes_per_token
 from trl_selfspec.rollout import Rollout, Span
 from trl_selfspec.rounds import RowState
 from trl_selfspec.scheduler import Request, Scheduler
@@ -51,7 +50,7 @@ def config(law: dict[str, Any]) -> GenerationConfig:
 
 def give_pages(monkeypatch: pytest.MonkeyPatch, engine: SelfSpecEngine, num_pages: int) -> None:
     """Half of the memory that is free, or that this engine's cache holds, is as many pages from here on."""
-    total = 2 * num_pages * PAGE * kv_bytes_per_token(engine.model.config, torch.float32)
+    total = 2 * num_pages * PAGE * engine._memory.token_bytes
 
     def free_bytes(device: torch.device) -> int:
         return total - (0 if engine._kept is None else engine._kept.cache.nbytes)

@@ -101,6 +101,16 @@ def test_logits_are_those_of_quantos_frozen_module(qtype: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("qtype", QTYPES)
+def test_a_layer_presents_a_weight_as_a_linear_does(qtype: str):
+    """Prevents a crash, and drafts from nothing, in models that read a weight themselves: some routers do."""
+    layer, linear = make_layer(256, 40, qtype, BF16)
+    weight = layer.weight
+    assert (weight.shape, weight.dtype, weight.device) == (linear.weight.shape, BF16, linear.weight.device)
+    assert torch.equal(weight, layer.dequantize())
+    assert weight.any()
+
+
+@pytest.mark.parametrize("qtype", QTYPES)
 def test_storages_never_move(qtype: str):
     """Captured graphs and the kernels hold the addresses."""
     layer, linear = make_layer(256, 32, qtype, BF16)

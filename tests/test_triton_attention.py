@@ -98,7 +98,10 @@ class Case:
         for row, positions in enumerate(self.positions):
             length = int(positions[-1]) + 1
             start = max(0, int(positions[0]) - window + 1) if window else 0
-            states = (x.transpose(1, 2)[row : row + 1, :, start:length] for x in self.cache.keys_and_values(0))
+            states = (
+                x.transpose(1, 2)[row : row + 1, :, start:length]
+                for x in self.cache.keys_and_values(self.cache.pages_of[0])
+            )
             bias = self.cache.bias(window, self.groups, FP32)[row : row + 1, :, :, start:length]
             packed = self.query[row].reshape(1, self.heads, self.groups * self.steps, self.dim)
             out.append(_eager_attention(packed, *states, bias, self.dim**-0.5, softcap, sinks, self.groups))

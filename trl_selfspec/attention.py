@@ -6,6 +6,8 @@ query length of SDPA, so that no key is repeated in memory. The function is foun
 keyword arguments through.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -16,6 +18,7 @@ from trl_selfspec.cache import PagedCache
 
 
 IMPLEMENTATION = "selfspec"
+MODULES_OWN: Any = object()  # where a model leaves its window to the mask (Qwen2-MoE)
 
 
 def bind_cache(model: nn.Module, cache: PagedCache | None) -> None:
@@ -35,7 +38,7 @@ def selfspec_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
+    sliding_window: int | None = MODULES_OWN,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: object,
@@ -43,12 +46,14 @@ def selfspec_attention(
     """Causal attention over the row's slots, with sliding window, soft-cap and attention sinks.
 
     Returns:
-        `(B, T, H, Dv)` and `None` (weights are never materialised for the caller).
+        `(B, T, H, Dv)`, contiguous since some models take views of it, and `None` in the place of weights.
     """
     cache: PagedCache = module.paged_cache  # type: ignore[assignment]
     plain = softcap is None and s_aux is None
-    layer = cache.pages_of[module.layer_idx]  # type: ignore[index]
+    layer = cache.layer_of(module.layer_idx, key, value)  # type: ignore[arg-type]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if sliding_window is MODULES_OWN:
+        sliding_window = getattr(module, "sliding_window", None)
     forward = cache.positions, cache.write_index, cache.num_slots, scale, sliding_window
     if plain and cache.rows_in_place and kernels.can_attend(query, key, value, layer.keys):
         return kernels.write_and_attend(query, key, value, layer.keys, layer.values, *forward), None
@@ -59,12 +64,12 @@ def selfspec_attention(
     if cache.fresh:  # as they are stored, and will be read from now on
         keys, values = key.to(layer.keys.dtype), value
     else:
-        keys, values = (states.transpose(1, 2) for states in cache.keys_and_values(module.layer_idx))  # type: ignore[arg-type]
+        keys, values = (states.transpose(1, 2) for states in cache.keys_and_values(layer))
     num_rows, num_heads, num_queries, head_dim = query.shape
     groups = num_heads // keys.shape[1]
     query, values = query.to(keys.dtype), values.to(keys.dtype)
     if cache.fresh and plain and (sliding_window is None or sliding_window >= num_queries):
-        return _causal_attention(query, keys, values, scale).transpose(1, 2), None
+        return _causal_attention(query, keys, values, scale).transpose(1, 2).contiguous(), None
     packed = query.reshape(num_rows, keys.shape[1], groups * num_queries, head_dim)
     if plain:
         bias = cache.bias(sliding_window, groups, query.dtype)
@@ -72,7 +77,7 @@ def selfspec_attention(
     else:
         bias = cache.bias(sliding_window, groups, torch.float32)
         out = _eager_attention(packed, keys, values, bias, scale, softcap, s_aux, groups)
-    return out.reshape(num_rows, num_heads, num_queries, -1).transpose(1, 2), None
+    return out.reshape(num_rows, num_heads, num_queries, -1).transpose(1, 2).contiguous(), None
 
 
 def _causal_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:

@@ -7,7 +7,8 @@ page spans a row and row r owns page r + 1, so attention reads dense rows withou
 of padding. Storage comes and goes; the table keeps its address for the cache's life.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -31,6 +32,7 @@ class PagedLayer(CacheLayerMixin):
     def __init__(self, owner: "PagedCache") -> None:
         super().__init__()
         self.owner = owner
+        self.latest: Callable[[], Tensor | None] = lambda: None  # keys of the last update, as long as they are alive
         self.addresses = torch.zeros(2, dtype=torch.int64, device=owner.device)  # for captured kernels to follow both
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -56,10 +58,14 @@ class PagedLayer(CacheLayerMixin):
         self.addresses.copy_(to_device([keys.data_ptr(), values.data_ptr()], self.addresses.device))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Writes `(B, K, T, D)` states, unless attention will, and hands them back unchanged."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+        """Writes `(B, K, T, D)` states, unless attention will, and hands them back unchanged.
+
+        What attention writes may have other shapes: latent attention gives compressed states here.
+        """
+        self.latest = weakref.ref(key_states)
         if not self.owner.attention_writes:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
             self.write(key_states, value_states)
         return key_states, value_states
 
@@ -178,14 +184,23 @@ class PagedCache(Cache):
             self._table[rows].copy_(changed, non_blocking=True)
         self._stale.clear()
 
+    def layer_of(self, layer_idx: int, key: Tensor, value: Tensor) -> PagedLayer:
+        """Where attention of this layer keeps its `(B, K, T, D)` states: in another layer's pages if they are its."""
+        layer = self.pages_of[layer_idx]
+        if not layer.is_initialized:
+            for other in self.pages_of:
+                if other.is_initialized and other.latest() is key:
+                    return other
+            layer.lazy_initialization(key, value)
+        return layer
+
     @property
     def rows_in_place(self) -> bool:
         """Whether this forward reads the keys of row b from page b + 1 and not from its own states."""
         return self.dense and self.rows is None and not self.fresh
 
-    def keys_and_values(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, layer: PagedLayer) -> tuple[Tensor, Tensor]:
         """Slots 0..num_slots-1 of the current rows, `(B, num_slots, K, D)` each; views where rows are dense."""
-        layer = self.pages_of[layer_idx]
         num_rows = len(self.positions)
         if self.dense and self.rows is None:
             window = slice(1, num_rows + 1), slice(0, self.num_slots)

@@ -37,6 +37,11 @@ class LiveLoraLinear(QuantizedLinear):
         return y + kernels.linear(kernels.linear(x, self.down), self.up)
 
     @property
+    def weight(self) -> Tensor:
+        base = self.dequantize()
+        return base if self.down is None or self.up is None else base + self.up @ self.down
+
+    @property
     def kernel(self) -> None:
         """None: it does not know of adapters."""
 
@@ -72,6 +77,14 @@ class QuantizedRows(nn.Module):
     @property
     def rows(self) -> slice:
         return slice(self.first_row, self.first_row + self.out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.whole.dequantize(self.rows)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.whole.bias is None else self.whole.bias[self.rows]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.whole(x)[..., self.rows]

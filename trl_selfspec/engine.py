@@ -21,7 +21,7 @@ from trl_selfspec.forms import measured_choice, requantize_seconds
 from trl_selfspec.graphs import CudaCapture, GraphPool
 from trl_selfspec.kept import KeptRows
 from trl_selfspec.law import SamplingLaw, effective_generation_config
-from trl_selfspec.memory import KVMemory, warn_if_scarce
+from trl_selfspec.memory import KVMemory, kv_bytes_per_token, warn_if_scarce
 from trl_selfspec.mirror import LayoutChangedError, Mirror, UnsupportedModelError
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.quantize import resolve_qtype
@@ -105,6 +105,8 @@ class SelfSpecEngine:
         self.device, self._vocab_size = self._mirror.embeddings.device, len(self._mirror.embeddings)
         self._dtype = self._mirror.dtype
         self._context_length = getattr(self._text_config, "max_position_embeddings", None)
+        if self._context_length is not None and self._context_length < 1:  # XLNet's -1: no limit
+            self._context_length = None
         self.calibration = self_check(self._mirror, self._policy, self._forward_context())
         self._mirror.mark_current()
         self.draft_qtype = resolve_qtype(self.options.draft_qtype, self.device, self._dtype)
@@ -115,7 +117,10 @@ class SelfSpecEngine:
         self._drafter_version: int | None = None
         self._wanted_version = self._mirror.version
         kv_dtype = self.autocast_dtype  # None: the dtype of the keys themselves
-        self._memory = KVMemory(self._mirror.num_layers, self._text_config, self._dtype, kv_dtype, self.options)
+        num_layers = self._mirror.num_layers
+        with self._forward_context():
+            token_bytes = kv_bytes_per_token(self._mirror.model, num_layers, kv_dtype, self.device)
+        self._memory = KVMemory(num_layers, token_bytes, kv_dtype, self.options)
         self._kept: KeptRows | None = None  # None: no cache is allocated
         self._state: RowState | None = None  # as long as the cache
         self._seed = torch.zeros((), dtype=torch.int64, device=self.device)

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 import psutil
 import torch
-from transformers import PretrainedConfig
+from torch import nn
 from transformers.utils import logging
 
+from trl_selfspec.attention import bind_cache
 from trl_selfspec.cache import PagedCache
 from trl_selfspec.kept import KeptRows
 from trl_selfspec.options import SelfSpecOptions
@@ -34,12 +35,24 @@ def page_size(device: torch.device) -> int | None:
     return None if device.type == "cpu" else GPU_PAGE_SIZE
 
 
-def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes of keys and values of one token over all layers, from the config's head counts."""
-    config = config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
+@torch.no_grad()
+def kv_bytes_per_token(model: nn.Module, num_layers: int, dtype: torch.dtype | None, device: torch.device) -> int:
+    """Bytes of keys and values of one token over all layers, which may differ in their heads or share them.
+
+    Measured by running a token through `model`, which attends by the engine's function; configs name their sizes in
+    too many ways.
+
+    Args:
+        dtype: of the stored keys and values; `None`: as they come.
+    """
+    cache = PagedCache(num_layers, 1, 1, page_size=1, dtype=dtype, device=device)
+    bind_cache(model, cache)
+    cache.reserve(0, 1)
+    zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    cache.begin(zero, 1, fresh=True)
+    model(input_ids=zero, position_ids=zero, past_key_values=cache, use_cache=True)
+    bind_cache(model, None)
+    return cache.nbytes // cache.num_pages
 
 
 def free_bytes(device: torch.device) -> int:
@@ -65,8 +78,7 @@ class KVMemory:
 
     Args:
         num_layers: layers of the model.
-        config: the text config, for head counts.
-        dtype: dtype in which the model runs.
+        token_bytes: keys and values of one token over all layers.
         kv_dtype: dtype of keys and values; `None`: as they come.
         options: `max_batch_size`, `kv_memory_fraction`, and the longest draft.
     """
@@ -74,13 +86,12 @@ class KVMemory:
     def __init__(
         self,
         num_layers: int,
-        config: PretrainedConfig,
-        dtype: torch.dtype,
+        token_bytes: int,
         kv_dtype: torch.dtype | None,
         options: SelfSpecOptions,
     ) -> None:
         self._num_layers, self._kv_dtype, self._options = num_layers, kv_dtype, options
-        self._token_bytes = kv_bytes_per_token(config, kv_dtype or dtype)
+        self.token_bytes = token_bytes
 
     def allocate(self, requests: Sequence[Request], kept: KeptRows | None, device: torch.device) -> KeptRows:
         """The cache `kept`, or one that can hold the requests, with what they can use of the rows kept so far.
@@ -94,12 +105,12 @@ class KVMemory:
         free = free_bytes(device) + (0 if old is None else old.nbytes)
         budget = int(self._options.kv_memory_fraction * free)
         if slots is None:
-            affordable = max(1, budget // (self._token_bytes * capacity))
+            affordable = max(1, budget // (self.token_bytes * capacity))
             max_rows, num_pages = min(self._options.max_batch_size or affordable, len(requests)), None
         else:
             max_rows = min(self._options.max_batch_size or MAX_ROWS, len(requests))
             held = 0 if old is None else old.num_pages - 1
-            affordable = max(held, budget // (self._token_bytes * slots))
+            affordable = max(held, budget // (self.token_bytes * slots))
             self._check(-(-capacity // slots), affordable, slots, free)
             num_pages = 1 + min(affordable, self._needed_pages(requests, max_rows, slots))
         if kept is None or old is None or old.max_rows < max_rows or old.row_capacity < capacity:
@@ -135,7 +146,7 @@ class KVMemory:
 
     def _check(self, needed: int, affordable: int, slots: int, free: int) -> None:
         if needed > affordable:
-            page_bytes, fraction = slots * self._token_bytes, self._options.kv_memory_fraction
+            page_bytes, fraction = slots * self.token_bytes, self._options.kv_memory_fraction
             raise ValueError(
                 f"The keys and values of one row of {needed * slots} tokens, its draft included, need "
                 f"{_size(needed * page_bytes)}, but `kv_memory_fraction={fraction}` of {_size(free)} of free memory "

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from trl_selfspec.adapters import (
     adapter_state,
@@ -32,6 +32,9 @@ from trl_selfspec.sharding import fingerprint, gathered_partitions
 
 # transformers recomputes the frequencies of these for the longest row of the batch: a row would see its neighbours.
 BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+# Layers of transformers' cache that hold keys and values alone, or nothing.
+KEYS_AND_VALUES = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
+USE_TRL = "use TRL's own generation (`use_selfspec=False`)."
 WINDOWS = ("sliding_window", "attention_chunk_size")  # a config's names for how far back a layer sees
 
 
@@ -100,6 +103,8 @@ class Mirror:
         self._layouts: dict[tuple[str, str], tuple[object, ...]] = {}  # of what the trees were built from
         self._state = self._policy_state()
         _refuse_device(self.base)
+        _refuse_other_state(self.base)
+        _refuse_chunked_attention(self.base)
         _refuse_batch_dependent_rope(self.base)
         _refuse_uncapped_attention(self.base)
         try:
@@ -313,13 +318,41 @@ def _refuse_device(base: PreTrainedModel) -> None:
         )
 
 
+def _refuse_other_state(base: PreTrainedModel) -> None:
+    """Refuses layers that keep more than keys and values: what transformers' own cache would hold for each tells."""
+    config = base.config.get_text_config(decoder=True)
+    try:
+        layers = DynamicCache(config=config).layers
+    except (KeyError, TypeError, AttributeError, ValueError):  # a cache of its own: the self-check tells
+        layers = []
+    names = [type(layer).__name__ for layer in layers]
+    types = getattr(config, "layer_types", None) or [f"number {index}" for index in range(len(names))]
+    other = dict.fromkeys(
+        f"`{kind}` (`{name}`)" for kind, name in zip(types, names, strict=False) if name not in KEYS_AND_VALUES
+    )
+    if other or getattr(base, "_is_stateful", False):
+        where = f"in layers of type {', '.join(other)}, " if other else ""
+        raise UnsupportedModelError(
+            f"{type(base).__name__} keeps more than keys and values, such as a recurrent state, {where}"
+            f"which the engine does not run yet; {USE_TRL}"
+        )
+
+
+def _refuse_chunked_attention(base: PreTrainedModel) -> None:
+    if "chunked_attention" in (getattr(base.config.get_text_config(decoder=True), "layer_types", None) or ()):
+        raise UnsupportedModelError(
+            f"{type(base).__name__} attends within chunks of its context, which the engine does not run yet; {USE_TRL}"
+        )
+
+
 def _refuse_batch_dependent_rope(base: PreTrainedModel) -> None:
     rope = getattr(base.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    if rope.get("rope_type") in BATCH_DEPENDENT_ROPE:
-        raise UnsupportedModelError(
-            f"rotary scaling `{rope['rope_type']}` depends on the longest row of the batch, so samples would too; "
-            "use TRL's own generation (`use_selfspec=False`)."
-        )
+    for parameters in (rope, *(nested for nested in rope.values() if isinstance(nested, dict))):  # by layer type
+        if parameters.get("rope_type") in BATCH_DEPENDENT_ROPE:
+            raise UnsupportedModelError(
+                f"rotary scaling `{parameters['rope_type']}` depends on the longest row of the batch, so samples "
+                f"would too; {USE_TRL}"
+            )
 
 
 def _refuse_uncapped_attention(base: PreTrainedModel) -> None:

@@ -172,6 +172,11 @@ class QuantizedLinear(nn.Module):
             return self.scale[rows] * self.codes[rows].to(self.dtype)
         return int4.dequantize(self.packed[rows], self.scale_shift[rows], self.in_features)
 
+    @property
+    def weight(self) -> Tensor:  # (out_features, in_features)
+        """For models that read a Linear's weight themselves, such as some routers; dequantized at every access."""
+        return self.dequantize()
+
     def forward(self, x: Tensor) -> Tensor:
         x = x if x.dtype is self.dtype else x.to(self.dtype)  # as autocast would
         return self.backend.linear(self, x)

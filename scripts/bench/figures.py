@@ -7,7 +7,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bench.workload import Workload
-from trl_selfspec.memory import kv_bytes_per_token
 from trl_selfspec.stats import RolloutStats
 
 
@@ -31,7 +30,10 @@ class Traffic:
         table = embedding.weight
         assert isinstance(table, Tensor)
         own_bytes = 0 if head.weight is table else table.nbytes
-        token_bytes = kv_bytes_per_token(model.config, model.dtype)
+        config = model.config.get_text_config(decoder=True)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token_bytes = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
         return cls(weight_bytes, weight_bytes - own_bytes, token_bytes, token_bytes * workload.keys_read)
 
 

@@ -44,8 +44,10 @@ class CpuDecoderLayer:
         return same and all(size % LANES == 0 for size in sizes) and len(_projections(parts)) == len(parts.linears)
 
     def takes(self, x: Tensor, cos: Tensor, pages: Pages) -> bool:
-        """Whether these are few tokens of the right dtypes: so few that no linear layer would leave them to torch."""
-        few = x.shape[0] * x.shape[1] <= self._most
+        """Whether these are few tokens of the right dtypes, and whole heads are rotated: so few that no linear layer
+        would leave them to torch.
+        """
+        few = x.shape[0] * x.shape[1] <= self._most and (not self.parts.rotary or cos.shape[-1] == self.parts.head_dim)
         return few and pages.owner.rows_in_place and pages.keys.dtype is x.dtype is self._dtype
 
     def precede(self, norm: FastRMSNorm, dtype: torch.dtype | None) -> None:

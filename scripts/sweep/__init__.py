@@ -1,0 +1,1 @@
+"""What `sweep_families.py` is made of."""
