@@ -42,3 +42,12 @@ def backend_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[P
     backends._warn_of_dequantizing.cache_clear()
     with torch.no_grad():
         yield tmp_path / "trl_selfspec" / "backends.json"
+
+
+@pytest.fixture(params=["avx2", "avx512_bf16"])
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kernels and limits of that CPU, whatever this one is: AVX-512 is computed by AVX2 where it is missing."""
+    from trl_selfspec.kernels.cpu import machine
+
+    monkeypatch.setattr(machine, "instruction_set", lambda: machine.InstructionSet(request.param))
+    return request.param

@@ -1,6 +1,9 @@
 """The CPU kernels against their eager twins, and what happens where they can't be built."""
 
+import itertools
 import logging
+import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from trl_selfspec import kernels
 from trl_selfspec.kernels import dispatch, int4
-from trl_selfspec.kernels.cpu import build
+from trl_selfspec.kernels.cpu import build, machine
 from trl_selfspec.kernels.cpu import linear as cpu
 
 
@@ -36,9 +39,9 @@ def _inference():
 @pytest.fixture
 def fresh_library():
     """Lets a test load the library under changed circumstances."""
-    build._library.cache_clear()
+    build._load.cache_clear()
     yield
-    build._library.cache_clear()
+    build._load.cache_clear()
 
 
 def random_int4(n: int, k: int, group_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -60,6 +63,7 @@ def within(y: Tensor, exact: Tensor, magnitude: Tensor) -> bool:
 
 
 @needs_kernels
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("m", [*range(1, 12), 16, 17, 33, 64, 65, 130])
 @pytest.mark.parametrize(("n", "k"), [(768, 256), (31, 2049), (1, 17), (7, 100), (98, 1)])
 @pytest.mark.parametrize(("scale", "bias_dtype"), [(1e-4, None), (1.0, BF16), (1e4, FP32)])
@@ -79,6 +83,7 @@ def test_dense_kernel_equals_its_twin(
 
 
 @needs_kernels
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 8, 33, 65])
 @pytest.mark.parametrize(
@@ -101,6 +106,7 @@ def test_int4_kernel_equals_its_twin(dtype: torch.dtype, m: int, n: int, k: int,
 
 
 @needs_kernels
+@pytest.mark.usefixtures("instruction_set")
 def test_int4_group_sums_do_not_overflow():
     """Largest codes times largest activations in the longest group: 16-bit sums must hold them."""
     x = torch.tensor([[1.0], [-1.0]]).expand(2, 128).contiguous()
@@ -117,6 +123,7 @@ def test_unpack_inverts_pack(k: int, group_size: int):
 
 
 @needs_kernels
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("kernel", ["bf16", "fp32", "int4"])
 def test_rows_do_not_see_their_neighbours(kernel: str):
     """An element's sum may depend neither on the batch nor on the threads, or a row's tokens would vary with its
@@ -141,6 +148,7 @@ def test_rows_do_not_see_their_neighbours(kernel: str):
 
 
 @needs_kernels
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_broken_activations_stay_visible_in_their_row(value: float):
     """Rounding to int8 must not turn a NaN into an ordinary number."""
@@ -194,22 +202,80 @@ class Spy:
 
 
 @needs_kernels
-@pytest.mark.parametrize("native", [False, True])
-def test_the_kernel_runs_only_where_torch_is_slow(monkeypatch, native: bool):
-    """Proves that the fast path is taken, and left to torch with bf16 instructions, many fp32 rows, other dtypes."""
-    spy = Spy(cpu.linear_dense)
-    monkeypatch.setattr(dispatch, "linear_dense", spy)
-    monkeypatch.setattr(dispatch, "torch_has_native_bf16", lambda: native)
-    x, w, bias = torch.randn(5, 64), torch.randn(16, 64), torch.randn(16)
-    y = kernels.linear(x.to(BF16), w.to(BF16), bias.to(BF16))
-    torch.testing.assert_close(y, F.linear(x.to(BF16), w.to(BF16), bias.to(BF16)))
-    assert spy.calls == (0 if native else 1)
-    many = x.expand(dispatch.FEW_ROWS, 5, 64)
-    for rows, ours in ((x, 1), (many, 0)):
-        before = spy.calls
-        torch.testing.assert_close(kernels.linear(rows, w, bias), F.linear(rows, w, bias))
-        assert spy.calls - before == ours
-    assert torch.equal(kernels.linear(x.double(), w.double()), F.linear(x.double(), w.double()))
+@pytest.mark.usefixtures("instruction_set")
+def test_many_rows_are_torchs_where_it_is_faster(monkeypatch):
+    """Proves that few rows take the fast path, and that more than the table says are left to torch."""
+    spy = Spy(F.linear)
+    monkeypatch.setattr(dispatch.F, "linear", spy)
+    for dtype in (BF16, FP32):
+        w, bias = torch.randn(16, 64).to(dtype), torch.randn(16).to(dtype)
+        limit = machine.max_rows(dtype)
+        for rows, by_torch in ((1, 0), (5, 0), (min(limit, 100), 0), (limit + 1, 1)):
+            if rows > 1000:  # no limit
+                continue
+            x, before = torch.randn(rows, 64).to(dtype), spy.calls
+            y, prepared = kernels.linear(x, w, bias), kernels.prepare_linear(w, bias)(x)
+            assert torch.equal(y, prepared) and spy.calls - before == 2 * by_torch
+            torch.testing.assert_close(y, spy.function(x, w, bias), rtol=BF16_RELATIVE, atol=1e-2)
+    before = spy.calls
+    kernels.linear(x.double(), w.double())
+    assert spy.calls == before + 1  # other dtypes
+
+
+def test_the_table_knows_every_cpu():
+    assert set(machine.MAX_ROWS) == set(itertools.product(machine.InstructionSet, cpu.DTYPES))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("avx2 fma", "avx2"),
+        ("avx2 avx512f avx512vl avx512_vnni", "avx2"),
+        ("avx2 avx512vl avx512_vnni avx512_bf16", "avx512_bf16"),
+        ("avx2 avx512vl avx512_vnni avx512_bf16 amx_bf16 amx_tile", "amx"),
+        (None, "avx2"),
+    ],
+)
+def test_the_cpu_is_told_by_its_flags(flags: str | None, expected: str, monkeypatch):
+    """What the kernel may execute on a CPU that lacks an instruction is an illegal one."""
+
+    def read_text(path: Path) -> str:
+        if flags is None:
+            raise FileNotFoundError(path)
+        return f"flags\t\t: {flags}\n"
+
+    monkeypatch.setattr(machine.Path, "read_text", read_text)
+    assert machine.detected.__wrapped__() is machine.InstructionSet(expected)
+
+
+@needs_kernels
+def test_pairs_of_bf16_are_multiplied_as_the_instruction_does(monkeypatch):
+    """The emulation's and the CPU's own: each of the two sums rounded to nearest even, numbers below 2^-126 zero."""
+    ones, tiny = torch.ones(1, 2, dtype=BF16), torch.full((1, 2), 2.0**-130, dtype=BF16)
+    results = []
+    for instructions in (machine.InstructionSet.AVX2, machine.InstructionSet.AVX512_BF16):
+        monkeypatch.setattr(machine, "instruction_set", lambda instructions=instructions: instructions)
+        results.append(cpu.linear_dense(2.0**20 * ones, tiny).item())
+        large = torch.tensor([[2.0**24, 1.0]]).to(BF16)
+        assert cpu.linear_dense(ones, large).float().item() == 2**24
+    assert results == [2.0**-109, 0.0]
+
+
+@pytest.mark.parametrize("target", ["cooperlake", "sapphirerapids", "znver4"])
+def test_avx512_compiles(target: str, tmp_path):
+    """The CPUs that run it, and whether they do, this compiler can tell without being one of them."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    flags = [flag.replace("native", target) for flag in build.FLAGS if flag != "-O3"]
+    for narrow in ([], ["-DNARROW"]):
+        command = [compiler, "-O1", "-Wall", "-Werror", *flags, *narrow, "-S", str(build.SOURCE), "-o", "cpu.s"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        if "bad value" in done.stderr or "unknown target CPU" in done.stderr:
+            pytest.skip(f"this compiler does not know {target}")
+        assert done.returncode == 0, done.stderr
+        code = (tmp_path / "cpu.s").read_text()
+        assert all((name in code) != bool(narrow) for name in ("vdpbf16ps", "vpdpbusd"))
 
 
 @pytest.mark.parametrize("missing", ["compiler", "avx2", "source"])
@@ -218,7 +284,6 @@ def test_without_kernels_there_is_one_warning_and_torch_is_used(
 ):
     """A machine without a compiler must roll out all the same, and be told once why it is slower."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(dispatch, "torch_has_native_bf16", lambda: False)
     if missing == "compiler":
         monkeypatch.setattr(build.shutil, "which", lambda name: None)
     elif missing == "avx2":
@@ -240,7 +305,7 @@ def test_processes_that_build_at_once_do_not_race(monkeypatch, tmp_path):
     """Every rank of a fresh machine compiles at the same moment: each must end with a whole library."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda _: build._build(), range(2))
+        first, second = pool.map(lambda _: build._build(machine.InstructionSet.AVX2), range(2))
     assert first == second and first.exists()
     assert list(first.parent.iterdir()) == [first]
 

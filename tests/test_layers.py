@@ -12,6 +12,7 @@ from trl_selfspec import kernels, layers
 from trl_selfspec.attention import bind_cache
 from trl_selfspec.cache import PagedCache
 from trl_selfspec.drafter import make_drafter, requantize
+from trl_selfspec.kernels.cpu import machine
 from trl_selfspec.kernels.cpu.layer import MAX_TOKENS
 from trl_selfspec.mirror import Mirror
 
@@ -23,6 +24,7 @@ TOLERANCE = {FP32: 1e-5, BF16: 0.03}
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C compiler or no AVX2")
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "smollm3"])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("num_steps", [1, 2, 6])
@@ -37,6 +39,7 @@ def test_a_layer_in_one_call_gives_what_its_modules_give(family: str, dtype: tor
     assert relative_error(actual, other) > 0.5  # negative control: other weights
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_a_drafters_layer_in_one_call_gives_what_its_modules_give(dtype: torch.dtype) -> None:
     """int4 weights, scales and head sizes go through the same call."""
@@ -49,6 +52,7 @@ def test_a_drafters_layer_in_one_call_gives_what_its_modules_give(dtype: torch.d
     assert relative_error(actual, decoded(mirror.model, 2)) > TOLERANCE[dtype]  # negative control: not quantized
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_a_row_does_not_see_its_neighbours(dtype: torch.dtype) -> None:
     """A row's tokens would depend on the batch it happens to be in."""
@@ -131,14 +135,20 @@ def test_a_layer_follows_weights_that_move() -> None:
     assert relative_error(after, before) > 0.1  # negative control
 
 
-def test_many_tokens_and_prefills_run_the_modules() -> None:
-    """The call would be right for them too, but slower than large matrix products."""
-    model = Mirror(tiny_model("llama")).model
+@pytest.mark.parametrize("instructions", machine.InstructionSet)
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_many_tokens_and_prefills_run_the_modules(
+    instructions: machine.InstructionSet, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call would be right for them too, but slower than large matrix products; few take it on every CPU."""
+    monkeypatch.setattr(machine, "instruction_set", lambda: instructions)
+    model = Mirror(tiny_model("llama", dtype=dtype)).model
     fast = fast_forwards(model)[0]
     calls: list[int] = []
     own = fast.modules_own
     fast.modules_own = lambda *args, **kwargs: calls.append(args[0].shape[1]) or own(*args, **kwargs)
-    decoded(model, 2)
-    assert calls == [max(LENGTHS)]
-    decoded(model, MAX_TOKENS // len(LENGTHS) + 1)
-    assert calls[1:] == [max(LENGTHS)] + [MAX_TOKENS // len(LENGTHS) + 1] * 2
+    most = min(MAX_TOKENS, machine.MAX_ROWS[instructions, dtype]) // len(LENGTHS)
+    decoded(model, most)
+    assert most > 1 and calls == [max(LENGTHS)]
+    decoded(model, most + 1)
+    assert calls[1:] == [max(LENGTHS)] + [most + 1] * 2

@@ -12,7 +12,6 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec import kernels, mirror
 from trl_selfspec.engine import SelfSpecEngine
-from trl_selfspec.kernels import dispatch
 from trl_selfspec.kernels.cpu import build
 from trl_selfspec.mirror import UnsupportedModelError
 from trl_selfspec.options import SelfSpecOptions
@@ -244,11 +243,11 @@ def test_under_autocast_the_target_is_the_training_forward(
     assert (ours - exact).abs().max() < 1.5 * (theirs - exact).abs().max()
 
 
-def test_our_kernels_round_like_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("instruction_set")
+def test_our_kernels_round_like_bf16() -> None:
     """Prevents a kernel that is fast because it computes something else; torch's own order of sums differs too."""
     if not kernels.available():
         pytest.skip("needs a C compiler and AVX2")
-    monkeypatch.setattr(dispatch, "torch_has_native_bf16", lambda: False)
     ours, theirs = forward_both(tiny_model("llama"))
     assert (ours - theirs).abs().max() < KERNEL_TOLERANCE * theirs.std()
 

@@ -14,7 +14,6 @@ from trl_runs import ALWAYS_SPECULATE, make_model, make_trainer, module_state, t
 
 from trl_selfspec import kernels
 from trl_selfspec.engine import RolloutOutput, SelfSpecEngine
-from trl_selfspec.kernels import dispatch
 from trl_selfspec.kernels.cpu import build
 from trl_selfspec.mirror import Mirror
 from trl_selfspec.options import SelfSpecOptions
@@ -22,8 +21,9 @@ from trl_selfspec.options import SelfSpecOptions
 
 # Largest error of a logit, in units of their spread: sums in another order, each layer rounded to 8 bits.
 KERNEL_TOLERANCE = 0.05
-# Mean error of a token's log-probability, 1/10 and less of what rounding to bf16 does to it.
-TORCH_LOGP_TOLERANCE, OWN_LOGP_TOLERANCE = 1e-4, 2e-3
+# Mean error of a token's log-probability, as a share of what rounding to bf16 does to it. Sums in another order flip
+# the rounding of some activations: 0 to 0.2 of it, more where torch's bf16 products depend on the number of rows.
+SHARE_OF_ROUNDING = 0.75
 PROMPTS = ragged_prompts([3, 9, 6])
 SAMPLED = GenerationConfig(max_new_tokens=10, do_sample=True, top_k=0)
 LOGP = "sampling/sampling_logp_difference/max"
@@ -40,10 +40,9 @@ def torch_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def own_kernels(instruction_set: str) -> None:
     if not kernels.available():
         pytest.skip("needs a C compiler and AVX2")
-    monkeypatch.setattr(dispatch, "torch_has_native_bf16", lambda: False)
 
 
 @pytest.mark.usefixtures("torch_kernels")
@@ -81,29 +80,39 @@ def test_our_kernels_stay_within_rounding(family: str) -> None:
         assert (ours - theirs).abs().max() < KERNEL_TOLERANCE * theirs.std()
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["torch", "own kernels"])
+@pytest.mark.usefixtures("torch_kernels")
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
-def test_log_probabilities_of_a_rollout_are_the_trainers(
-    family: str, own: bool, request: pytest.FixtureRequest
-) -> None:
+def test_log_probabilities_of_a_rollout_are_the_trainers(family: str) -> None:
     """Prevents a law that is right without a cache and wrong with it, in 16 bits."""
-    request.getfixturevalue("own_kernels" if own else "torch_kernels")
-    model = tiny_model(family)
+    check_log_probabilities(tiny_model(family))
+
+
+@pytest.mark.usefixtures("own_kernels")
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_log_probabilities_by_our_kernels_are_the_trainers(family: str) -> None:
+    """The same for the fast path of each CPU."""
+    check_log_probabilities(tiny_model(family))
+
+
+def check_log_probabilities(model: PreTrainedModel) -> None:
+    """Nearer to the policy's own forward under autocast than that is to the policy's forward in fp32."""
     output = speculating(model, torch.bfloat16).generate(PROMPTS, SAMPLED, seed=0)
-    autocast_error, fp32_error = (logprob_error(model, output, dtype) for dtype in (torch.bfloat16, None))
-    assert autocast_error < (OWN_LOGP_TOLERANCE if own else TORCH_LOGP_TOLERANCE)
-    assert fp32_error > 4 * autocast_error, "negative control: the law of fp32 is another one"
+    autocast_law, fp32_law = (logprobs(model, output, dtype) for dtype in (torch.bfloat16, None))
+    drawn = torch.tensor([logprob for row in output.policy_logprobs for logprob in row])
+    tolerance = SHARE_OF_ROUNDING * (autocast_law - fp32_law).abs().mean()
+    assert (drawn - autocast_law).abs().mean() < tolerance
+    assert (drawn - fp32_law).abs().mean() > tolerance, "negative control: the law of fp32 is another one"
 
 
 @torch.no_grad()
-def logprob_error(model: nn.Module, output: RolloutOutput, dtype: torch.dtype | None) -> float:
-    """Mean distance of a rollout's log-probabilities from those of the model's forward over whole rows."""
-    errors = []
-    for prompt, tokens, logprobs in zip(PROMPTS, output.completion_ids, output.policy_logprobs, strict=True):
+def logprobs(model: PreTrainedModel, output: RolloutOutput, dtype: torch.dtype | None) -> Tensor:
+    """Log-probabilities of a rollout's tokens by the model's forward over whole rows."""
+    rows = []
+    for prompt, tokens in zip(PROMPTS, output.completion_ids, strict=True):
         with autocast(dtype):
             law = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-        errors.append((law.gather(1, torch.tensor(tokens)[:, None])[:, 0] - torch.tensor(logprobs)).abs())
-    return torch.cat(errors).mean().item()
+        rows.append(law.gather(1, torch.tensor(tokens)[:, None])[:, 0])
+    return torch.cat(rows)
 
 
 @pytest.mark.usefixtures("torch_kernels")

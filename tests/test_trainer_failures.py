@@ -78,6 +78,27 @@ def test_a_rollout_that_fails_is_generated_by_trl(
     assert trainer._engine is None
 
 
+@pytest.mark.parametrize(
+    "place",
+    ["trl_selfspec.engine.make_drafter", "trl_selfspec.engine.requantize", "trl_selfspec.rounds.RoundRunner._draft"],
+)
+def test_a_drafter_that_fails_leaves_plain_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: str
+) -> None:
+    """A layer that can't be quantized, or a router that reads its weights, ended the run."""
+    greedy: dict[str, Any] = {"generation_kwargs": {"do_sample": False}}
+    expected, reward = Recorder(), Recorder()
+    train(make_trainer(tmp_path, reward=expected, selfspec_num_speculative_tokens=0, **greedy))
+    monkeypatch.setattr(place, vanished)
+    with caplog.at_level(logging.WARNING, logger="trl_selfspec.rollout"):
+        log = train(make_trainer(tmp_path, reward=reward, **ALWAYS_SPECULATE, **greedy))
+    assert reward.completion_ids == expected.completion_ids
+    assert [entry["selfspec/fallback"] for entry in log] == [0, 0]
+    assert [entry["selfspec/speculative_round_fraction"] for entry in log] == [0, 0]
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "trl_selfspec.rollout"]
+    assert "of_a_later_release" in warning
+
+
 def test_an_error_that_is_the_users_own_is_raised(tmp_path: Path) -> None:
     """TRL could not sample from such a policy either; a fallback would hide the loss that diverged."""
     model = make_model()

@@ -22,6 +22,7 @@ from trl_runs import (
 )
 
 from trl_selfspec import SelfSpecEngine, SelfSpecGRPOTrainer
+from trl_selfspec import engine as engines
 from trl_selfspec.checkpointing import STATE_FILE
 from trl_selfspec.model_card import rollout_section
 from trl_selfspec.options import SelfSpecOptions

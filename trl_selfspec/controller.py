@@ -88,6 +88,7 @@ class Controller:
         self._max_active_sequences = max_active_sequences
         self.counts_alone = fixed is not None and max_active_sequences is not None
         self.measures = not self.counts_alone and longest > 0
+        self._gave_up: str | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -148,6 +149,10 @@ class Controller:
     def expect_requantizing(self, seconds: float) -> None:
         """What a current drafter will cost, as far as can be told before there was one."""
         self._expected_requantize_s = seconds
+
+    def give_up(self, reason: str) -> None:
+        """Plain rounds from here on: there is no drafter to be had."""
+        self._gave_up = reason
 
     def disable(self, reason: str) -> None:
         """Plain rounds until the next rollout."""
@@ -291,7 +296,7 @@ class Controller:
 
     def _forbidden(self, rows: int) -> bool:
         over = self._max_active_sequences is not None and rows > self._max_active_sequences
-        return over or self._disabled is not None or self._candidates[-1] == 0
+        return over or (self._gave_up or self._disabled) is not None or self._candidates[-1] == 0
 
     def _options(self, rows: int) -> list[Option]:
         """The plain round, then each γ whose cost can be guessed; nothing before plain rounds were measured.
@@ -433,6 +438,8 @@ class Controller:
         where = f"at {rows} row{'s' if rows != 1 else ''}"
         if self._candidates[-1] == 0:
             return "off: num_speculative_tokens is 0"
+        if self._gave_up is not None:
+            return f"off for good: {self._gave_up}"
         if self._disabled is not None:
             return f"off for the rest of this rollout: {self._disabled}"
         if self._forbidden(rows):

@@ -1,7 +1,7 @@
 """Batched self-speculative generation for transformers causal LMs: token ids in, token ids and log-probabilities out.
 
-The engine decodes with a mirror of the model and drafts with the same weights, quantized. It runs the model itself only
-to check the mirror against it, never changes or hooks it, and takes token ids, never a tokenizer or a trainer.
+The engine decodes with a mirror of the model and drafts with the same weights, quantized. It runs the model itself
+only to check the mirror against it, never changes or hooks it, and takes token ids, never a tokenizer or a trainer.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.quantize import resolve_qtype
 from trl_selfspec.requests import make_requests
 from trl_selfspec.rollout import Progress, Rollout
-from trl_selfspec.rounds import RoundRunner, RowState
+from trl_selfspec.rounds import DraftError, RoundRunner, RowState
 from trl_selfspec.scheduler import Request, Scheduler
 from trl_selfspec.selfcheck import self_check
 from trl_selfspec.stats import RolloutStats
@@ -322,8 +322,12 @@ class SelfSpecEngine:
         def prepare_drafter() -> tuple[float, bool]:
             before = self._drafter
             start = self._seconds()
-            runner.drafter = self._drafter_of_due_form()
-            self._requantize()
+            try:
+                runner.drafter = self._drafter_of_due_form()
+                self._requantize()
+            except Exception as error:  # quanto and kernels on any layer's shape, memory
+                self._drafter = None
+                raise DraftError(f"{type(error).__name__}: {error}") from error
             bind_cache(runner.drafter, cache)
             seconds = self._seconds() - start
             self._refresh_s += seconds

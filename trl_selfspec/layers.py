@@ -45,17 +45,12 @@ class FastForward:
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: object,
     ) -> Tensor:
-        if not args and position_embeddings is not None and self.takes(hidden_states, position_embeddings[0]):
-            cache: PagedCache = self.attention.paged_cache  # type: ignore[assignment]
-            return self.compute(hidden_states, *position_embeddings, cache.pages_of[self.attention.layer_idx])  # type: ignore[index]
-        return self.modules_own(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
-
-    def takes(self, hidden_states: Tensor, cos: Tensor) -> bool:
         cache: PagedCache | None = self.attention.paged_cache  # type: ignore[assignment]
-        if cache is None:
-            return False
-        pages = cache.pages_of[self.attention.layer_idx]  # type: ignore[index]
-        return pages.is_initialized and self.layer.takes(hidden_states, cos, pages)
+        if not args and position_embeddings is not None and cache is not None:
+            pages = cache.pages_of[self.attention.layer_idx]  # type: ignore[index]
+            if pages.is_initialized and self.layer.takes(hidden_states, position_embeddings[0], pages):
+                return self.compute(hidden_states, *position_embeddings, pages)
+        return self.modules_own(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
 
 
 def use_fast_forwards(

@@ -309,8 +309,8 @@ def _refuse_device(base: PreTrainedModel) -> None:
     devices = {parameter.device.type for parameter in base.parameters() if not hasattr(parameter, "ds_id")}
     if "meta" in devices and any(hasattr(module, "_hf_hook") for module in base.modules()):
         raise UnsupportedModelError(
-            "accelerate keeps weights of the policy off its device (`cpu_offload`, `device_map`); load the whole model "
-            "on one device."
+            "accelerate keeps weights of the policy off its device (`cpu_offload`, `device_map`); load the whole "
+            "model on one device."
         )
     if others := devices - {"cpu", "cuda", "meta"}:
         raise UnsupportedModelError(

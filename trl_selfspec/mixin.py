@@ -125,8 +125,10 @@ class SelfSpecMixin(_Trainer):
                     return self._pack_rollout(*self._engine_rollout(prompt_ids))
                 except ValueError:  # of prompts, parameters or a policy that TRL could not sample from either
                     raise
-                except Exception as error:  # noqa: BLE001  # device memory, kernels, a model's own code
-                    if self._policy_is_sharded:  # TRL's generation is collective, and the other processes are not in it
+                except Exception as error:  # device memory, kernels, a model's own code
+                    if (
+                        self._policy_is_sharded
+                    ):  # TRL's generation is collective, and the other processes are not in it
                         raise
                     reason = self._follower.failed(error)
             self._warn_once(FALLBACK_WARNING + reason)

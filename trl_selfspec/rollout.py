@@ -1,5 +1,6 @@
 """The loop this project is about: decide -> draft -> verify -> commit -> retire."""
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -9,12 +10,14 @@ from typing import NamedTuple
 from trl_selfspec.admission import Admission
 from trl_selfspec.controller import Controller
 from trl_selfspec.kept import KeptRows
-from trl_selfspec.rounds import PendingRound, RoundResult, RoundRunner
+from trl_selfspec.rounds import DraftError, PendingRound, RoundResult, RoundRunner
 from trl_selfspec.scheduler import Request, Scheduler
 from trl_selfspec.stats import PlainComparison, RolloutStats
 from trl_selfspec.timing import Clock
 from trl_selfspec.transfer import to_device
 
+
+logger = logging.getLogger(__name__)
 
 PREFILL_TOKENS = 4096  # padded tokens per prefill forward: bounds its activations
 PREFILL_SCORES = PREFILL_TOKENS**2  # queries x keys of a prefill that continues a row, whose attention needs a mask
@@ -93,6 +96,14 @@ class Rollout:
 
     def _launch(self, gamma: int) -> None:
         """Starts a round: a plain one, or drafts and their verification."""
+        try:
+            self._launch_round(gamma)
+        except DraftError as error:  # nothing is lost: the rows are as they were
+            self.controller.give_up(f"the drafter failed ({error})")
+            logger.warning("trl_selfspec: no speculation from here on, the drafter failed: %s", error)
+            self._launch_round(0)
+
+    def _launch_round(self, gamma: int) -> None:
         if gamma:
             self._draft_with_current_weights()
         num_slots, num_rows = self._reserve(lookahead=gamma), self.scheduler.num_active

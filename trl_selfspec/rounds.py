@@ -22,6 +22,10 @@ from trl_selfspec.transfer import to_device
 from trl_selfspec.verification import Verification
 
 
+class DraftError(RuntimeError):
+    """The drafter could not be built, or failed in a draft step; plain rounds need none."""
+
+
 class RowState:
     """The rows being decoded. Row r's keys and values are valid for slots below `lengths[r] - 1`.
 
@@ -65,6 +69,10 @@ class RowState:
     def reset(self) -> None:
         """Holds no row, and nothing that a rollout which failed left behind."""
         self.park(0)
+        self.forget_drafts()
+
+    def forget_drafts(self) -> None:
+        """The next round begins at every row's length."""
         self.num_drafted.zero_()
         self.draft_nan.zero_()
 
@@ -151,11 +159,19 @@ class RoundRunner:
         return self._finish(Program("plain", num_rows, num_slots), self._plain, self._clock())
 
     def speculative(self, num_rows: int, gamma: int, num_slots: int) -> PendingRound:
-        """γ draft forwards of T = 1, one target forward of T = γ + 1, verdict; the clock tells the two apart."""
+        """γ draft forwards of T = 1, one target forward of T = γ + 1, verdict; the clock tells the two apart.
+
+        Raises:
+            DraftError: a draft step failed; the rows are as they were before.
+        """
         clock = self._clock()
         drafts = Program("draft", num_rows, num_slots)
-        for _ in range(gamma):
-            self.graphs.run(drafts, self._draft)
+        try:
+            for _ in range(gamma):
+                self.graphs.run(drafts, self._draft)
+        except Exception as error:  # any model's own code on quantized layers, kernels, memory
+            self.state.forget_drafts()
+            raise DraftError(f"{type(error).__name__}: {error}") from error
         clock.mark()
         return self._finish(Program("verify", num_rows, num_slots, gamma), self._verify, clock)
 
@@ -236,7 +252,6 @@ class RoundRunner:
         target_nan = (logprobs.isnan() & (offsets < emitted[:, None])).any()
         lengths += emitted
         finished = stopped | (lengths >= limits)
-        state.draft_nan.zero_()
-        state.num_drafted.zero_()
+        state.forget_drafts()
         flags = torch.stack([draft_nan, target_nan.long()])
         return torch.cat([finished.long(), emitted, num_accepted, flags])

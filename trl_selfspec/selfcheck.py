@@ -44,7 +44,7 @@ class Calibration:
         noise: total variation between stock ways of computing the same distribution.
         distance: total variation between the engine's distribution and the policy's.
         limit: the largest `distance` that passes.
-        logprob_noise: mean |difference| of a drawn token's log-probability, the larger of stock ways' and the engine's.
+        logprob_noise: mean |difference| of a drawn token's log-probability, of stock ways or of the engine.
     """
 
     noise: float
@@ -69,11 +69,13 @@ def self_check(mirror: Mirror, policy: nn.Module, context: contextlib.AbstractCo
     name = type(mirror.base).__name__
     generator = torch.Generator().manual_seed(0)
     shape = len(PROMPT_LENGTHS), max(PROMPT_LENGTHS) + STEPS * STEP_TOKENS
-    tokens = torch.randint(len(mirror.embeddings), shape, generator=generator, device="cpu").to(mirror.embeddings.device)
+    tokens = torch.randint(len(mirror.embeddings), shape, generator=generator, device="cpu").to(
+        mirror.embeddings.device
+    )
     try:
         with context, evaluating(policy):
             expected = _compared(_plain_logits(policy, tokens))
-    except Exception as error:  # noqa: BLE001  # any model's own code runs here
+    except Exception as error:  # any model's own code runs here
         raise UnsupportedModelError(f"{name} does not run on token ids alone: {error!r}") from error
     if any((logits.isnan() | (logits == torch.inf)).any() for logits in expected):
         raise ValueError(f"{name} gives logits that are not finite; check its weights before generating.")
@@ -82,7 +84,7 @@ def self_check(mirror: Mirror, policy: nn.Module, context: contextlib.AbstractCo
             noise, logprob_noise = _noise(mirror, tokens)
             actual = _ragged_logits(mirror.model, mirror.num_layers, tokens)
             windowed = _with_short_windows(mirror, tokens)
-    except Exception as error:  # noqa: BLE001  # likewise
+    except Exception as error:  # likewise
         raise UnsupportedModelError(f"{name} does not run on the engine's cache and attention: {error!r}") from error
     exact = mirror.dtype in (torch.float32, torch.float64)
     rounding = torch.finfo(mirror.dtype).eps * max(_spread(logits) for logits in expected)  # of logits of this dtype
@@ -100,17 +102,6 @@ def self_check(mirror: Mirror, policy: nn.Module, context: contextlib.AbstractCo
             f"{limit:.2g} is rounding)."
         )
     return Calibration(noise, distance, limit, max(logprob_noise, _logprob_difference(actual, expected)))
-
-
-@torch.no_grad()
-def check_drafter(drafter: nn.Module, num_layers: int, vocab_size: int, context: contextlib.AbstractContextManager) -> None:
-    """Runs a drafter once over a cache of its own; whatever keeps it from running is raised here, not in a round."""
-    device = next(drafter.parameters()).device
-    shape = len(PROMPT_LENGTHS), max(PROMPT_LENGTHS) + STEPS * STEP_TOKENS
-    tokens = torch.zeros(shape, dtype=torch.int64, device=device)
-    with context:
-        logits = _ragged_logits(drafter, num_layers, tokens)
-    assert all(row.shape[-1] >= vocab_size for row in logits), "a drafter has the policy's vocabulary"
 
 
 @contextlib.contextmanager

@@ -51,7 +51,9 @@ def fingerprint(policy: nn.Module) -> int:
         if tensor.numel() and type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta:
             samples.setdefault(tensor.device, []).append(_sample(tensor))
     values = tuple(torch.cat(parts).cpu().numpy().tobytes() for parts in samples.values())
-    return hash((values, tuple((id(p), p._version) for p in policy.parameters()), tuple(t.data_ptr() for t in tensors)))
+    return hash(
+        (values, tuple((id(p), p._version) for p in policy.parameters()), tuple(t.data_ptr() for t in tensors))
+    )
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trl_selfspec.kernels.cpu import sampling as cpu
 from trl_selfspec.kernels.gpu import runs_triton
 from trl_selfspec.rejection import Verdict, verify_coupled, verify_rejection
 from trl_selfspec.sampling import Purpose, gumbel, sample_inverse_cdf, uniform
@@ -67,8 +68,8 @@ def sample(
         from trl_selfspec.kernels.cuda import sampling
 
         return Draw(*sampling.sample(scores, seed, row_ids, positions))
-    tokens = sample_inverse_cdf(scores.softmax(-1), uniform(seed, row_ids, positions, Purpose.TOKEN))
-    return Draw(tokens, _logprobs(scores, tokens))
+    tokens, total = _draw(scores, uniform(seed, row_ids, positions, Purpose.TOKEN))
+    return Draw(tokens, scores.gather(-1, tokens[..., None])[..., 0] - total)
 
 
 def propose(
@@ -84,10 +85,9 @@ def propose(
         from trl_selfspec.kernels.cuda import sampling
 
         return Proposal(*sampling.propose(scores, seed, row_ids, positions, step, memory))
-    probs = scores.softmax(-1)
-    memory.laws.index_copy_(1, step[None], probs[:, None])
-    tokens = sample_inverse_cdf(probs, uniform(seed, row_ids, positions, Purpose.DRAFT))
-    return Proposal(tokens, probs[:, 0].isnan())  # softmax spreads NaN over the row
+    memory.laws.index_copy_(1, step[None], scores.softmax(-1)[:, None])
+    tokens, total = _draw(scores, uniform(seed, row_ids, positions, Purpose.DRAFT))
+    return Proposal(tokens, ~total.isfinite())
 
 
 def judge(
@@ -169,8 +169,16 @@ def token_logprobs(
     return _logprobs(scores.float() / temperature, tokens)
 
 
+def _draw(scores: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens by inverse CDF, and the logarithm of the sum of exp."""
+    if cpu.takes(scores):
+        return cpu.draw(scores, u)
+    return sample_inverse_cdf(scores.softmax(-1), u), scores.logsumexp(-1)
+
+
 def _logprobs(scores: Tensor, tokens: Tensor) -> Tensor:
-    return scores.gather(-1, tokens[..., None])[..., 0] - scores.logsumexp(-1)
+    total = cpu.logsumexp(scores) if cpu.takes(scores) else scores.logsumexp(-1)
+    return scores.gather(-1, tokens[..., None])[..., 0] - total
 
 
 def _noisy(scores: Tensor, seed: Tensor | None, row_ids: Tensor, positions: Tensor) -> Tensor:

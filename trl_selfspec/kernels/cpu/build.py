@@ -2,7 +2,8 @@
 
 The library is built with the system C compiler into the user's cache directory, under a name that depends on
 source, flags and CPU, and moved into place atomically. It is linked without an OpenMP runtime: the symbols
-resolve to the one torch has loaded, so there is a single thread pool. No compiler, or no AVX2: `available()`
+resolve to the one torch has loaded, so there is a single thread pool. Each instruction set has a library of its own.
+No compiler, or no AVX2: `available()`
 is False after one warning, and callers use torch.
 """
 
@@ -18,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from trl_selfspec.kernels.cpu import machine
+from trl_selfspec.kernels.cpu.machine import InstructionSet
 from trl_selfspec.kernels.files import cache_directory
 
 
@@ -34,6 +37,7 @@ _SIGNATURES = {
     "linear": (_STRUCT, _INT, _SIZE, _POINTER, _POINTER, _INT),
     "decoder_layer": (_STRUCT, _INT),
     "attention": (_STRUCT, _INT),
+    "sample": (_INT, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER, _POINTER),
     "rms_norm": (_INT, _SIZE, _SIZE, _DOUBLE, _POINTER, _INT, _POINTER, _INT, _POINTER, _INT),
 }
 
@@ -49,12 +53,16 @@ def functions() -> ctypes.CDLL:
     return library
 
 
-@functools.cache
 def _library() -> ctypes.CDLL | None:
+    return _load(machine.instruction_set())
+
+
+@functools.cache
+def _load(instructions: InstructionSet) -> ctypes.CDLL | None:
     try:
         if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
             raise OSError("the CPU has no AVX2")
-        library = ctypes.CDLL(str(_build()))
+        library = ctypes.CDLL(str(_build(instructions)))
         for name, signature in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = signature, None
@@ -68,18 +76,26 @@ def _reason(error: Exception) -> str:
     return getattr(error, "stderr", None) or str(error)
 
 
-def _build() -> Path:
+def variant(instructions: InstructionSet) -> tuple[str, ...]:
+    """The flag that makes `vectors.c` compute as this instruction set does, on whatever CPU this is."""
+    if instructions is InstructionSet.AVX2:
+        return ("-DNARROW",)
+    return ("-DEMULATE", "-O1") if machine.detected() is InstructionSet.AVX2 else ()
+
+
+def _build(instructions: InstructionSet) -> Path:
     """Path of the compiled library, built if this source, compiler and CPU have none yet."""
+    flags = FLAGS + variant(instructions)
     compiler = shutil.which(os.environ.get("CC") or "cc")
     if compiler is None:
         raise OSError("no C compiler (cc) on the PATH")
-    key = hashlib.sha256(_sources() + repr((compiler, FLAGS, _cpu_name())).encode()).hexdigest()[:16]
+    key = hashlib.sha256(_sources() + repr((compiler, flags, _cpu_name())).encode()).hexdigest()[:16]
     directory = cache_directory()
     target = directory / f"cpu-{key}.so"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
             unit, library = f"{scratch}/cpu.o", f"{scratch}/cpu.so"
-            _run(compiler, *FLAGS, "-c", str(SOURCE), "-o", unit)
+            _run(compiler, *flags, "-c", str(SOURCE), "-o", unit)
             _run(compiler, "-shared", unit, "-o", library, "-lm")  # no -fopenmp: torch's runtime is to be used
             os.replace(library, target)
     return target

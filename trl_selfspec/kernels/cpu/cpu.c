@@ -1,9 +1,9 @@
-/* What one decode step needs on x86 CPUs: linear layers, attention over the cache, norms. This file holds what
+/* What one decode step needs on x86 CPUs: linear layers, attention over the cache, norms, draws. This file holds what
  * they share and includes them.
  *
  * An output element is summed in an order that depends on its own row alone, never on the other rows or on
  * the number of threads: results are batch-invariant.
- * It needs AVX2 and FMA. It is compiled with -fopenmp but linked without an OpenMP runtime: the
+ * It needs AVX2 and FMA, and uses AVX-512 where `vectors.c` says so. It is compiled with -fopenmp but linked without an OpenMP runtime: the
  * symbols resolve to the runtime that torch has loaded, so both share one pool and torch.set_num_threads.
  */
 #include <immintrin.h>
@@ -121,7 +121,9 @@ static int useful_threads(double work, int most) {
     return (int)MIN((double)most, 1 + work / MIN_WORK);
 }
 
+#include "vectors.c"
 #include "linear.c"
 #include "attention.c"
 #include "norm.c"
 #include "layer.c"
+#include "sampling.c"

@@ -5,6 +5,7 @@ import struct
 import torch
 from torch import Tensor
 
+from trl_selfspec.kernels.cpu import machine
 from trl_selfspec.kernels.cpu.build import functions
 from trl_selfspec.kernels.cpu.linear import DTYPES, PreparedLinear
 from trl_selfspec.kernels.norm import FastRMSNorm
@@ -12,7 +13,7 @@ from trl_selfspec.kernels.parts import DecoderParts, Pages
 
 
 LANES = 16  # halves of a head, and features per thread, are whole vectors
-MAX_TOKENS = 64  # per forward; for more, a call more or less matters little
+MAX_TOKENS = 64  # per forward, at most; for more, a call more or less matters little
 _STEP = struct.Struct("8Q5q")  # the first fields of `DecoderLayer` in layer.c: addresses, then sizes
 
 
@@ -23,6 +24,10 @@ class CpuDecoderLayer:
 
     def __init__(self, parts: DecoderParts) -> None:
         self.parts, self._projections = parts, _projections(parts)
+        self._dtype, self._most = parts.dtype, min(MAX_TOKENS, machine.max_rows(parts.dtype))
+        tensors = [norm.weight for norm in parts.norms if norm is not None]
+        tensors += [t for p in self._projections for t in (p.weight, p.scale_shift, p.bias) if t is not None]
+        self._tensors, self._addresses, self._constants = tensors, (), b""
         self._sizes = struct.pack(
             "7qd4d",
             DTYPES[parts.dtype], parts.hidden_size, parts.num_heads, parts.num_kv_heads, parts.head_dim,
@@ -39,9 +44,11 @@ class CpuDecoderLayer:
         return same and all(size % LANES == 0 for size in sizes) and len(_projections(parts)) == len(parts.linears)
 
     def takes(self, x: Tensor, cos: Tensor, pages: Pages) -> bool:
-        """Whether these are few tokens of the right dtypes, and whole heads are rotated."""
-        in_place = pages.owner.rows_in_place and (not self.parts.rotary or cos.shape[-1] == self.parts.head_dim)
-        return in_place and x.shape[0] * x.shape[1] <= MAX_TOKENS and pages.keys.dtype is x.dtype is self.parts.dtype
+        """Whether these are few tokens of the right dtypes, and whole heads are rotated: so few that no linear layer
+        would leave them to torch.
+        """
+        few = x.shape[0] * x.shape[1] <= self._most and (not self.parts.rotary or cos.shape[-1] == self.parts.head_dim)
+        return few and pages.owner.rows_in_place and pages.keys.dtype is x.dtype is self._dtype
 
     def precede(self, norm: FastRMSNorm, dtype: torch.dtype | None) -> None:
         """Nothing to gain: the next call begins with that norm."""
@@ -59,10 +66,10 @@ class CpuDecoderLayer:
         angle_row = 0
         if parts.rotary:
             assert cos.shape == sin.shape and cos.shape[1:] == (num_steps, parts.head_dim) and cos.dtype is x.dtype
-            angle_row = 0 if len(cos) == 1 else num_steps * parts.head_dim
+            angle_row = 0 if cos.shape[0] == 1 else num_steps * parts.head_dim
             cos, sin = cos.contiguous(), sin.contiguous()
-        assert x.dtype is keys.dtype is values.dtype is parts.dtype and step.num_slots <= keys.shape[1]
-        assert num_rows < len(keys) and len(step.write_index) == num_rows * num_steps
+        assert x.dtype is keys.dtype is values.dtype is self._dtype and step.num_slots <= keys.shape[1]
+        assert num_rows < keys.shape[0] and step.write_index.shape[0] == num_rows * num_steps
         x, positions = x.contiguous(), step.positions.contiguous()
         y = torch.empty_like(x)
         addresses = _STEP.pack(
@@ -70,10 +77,17 @@ class CpuDecoderLayer:
             values.data_ptr(), positions.data_ptr(), step.write_index.data_ptr(),
             num_rows, num_steps, keys.shape[1], step.num_slots, angle_row,
         )  # fmt: skip
-        norms = struct.pack("4Q", *(0 if norm is None else norm.weight.data_ptr() for norm in parts.norms))
-        matrices = b"".join([projection.matrix() for projection in self._projections])
-        functions().decoder_layer(addresses + self._sizes + norms + matrices, torch.get_num_threads())
+        functions().decoder_layer(addresses + self._packed(), torch.get_num_threads())
         return y
+
+    def _packed(self) -> bytes:
+        """The other fields of `DecoderLayer`, packed again where a tensor was put elsewhere."""
+        addresses = tuple(map(Tensor.data_ptr, self._tensors))
+        if addresses != self._addresses:
+            norms = struct.pack("4Q", *(0 if norm is None else norm.weight.data_ptr() for norm in self.parts.norms))
+            matrices = b"".join([projection.matrix() for projection in self._projections])
+            self._constants, self._addresses = self._sizes + norms + matrices, addresses
+        return self._constants
 
 
 def _projections(parts: DecoderParts) -> list[PreparedLinear]:

@@ -1,6 +1,6 @@
 /* Linear layers: y = x W^T + bias.
  *
- * bf16: weights in their own row-major layout, fp32 accumulation.
+ * bf16 and fp32: weights in their own row-major layout, fp32 accumulation.
  * int4: unsigned nibbles with a scale and a shift per (row, group); activations are quantized to int8 per
  *   (row, group) on the fly, products are exact integers within a group.
  *
@@ -9,7 +9,7 @@
 enum { ROWS = 64 };        /* activation rows per pass */
 enum { GROUP = 12 };       /* features per pass: divisible by every tile width */
 enum { TILE_ROWS = 8 };    /* the most rows of a tile */
-enum { X_BLOCK = 6144 };   /* activations of a block of columns: they stay in L1 */
+enum { X_BLOCK = 24576 };  /* bytes of activations of a block of columns: they stay in L1 */
 enum { GROUP_LANES = 32 }; /* int4 groups are multiples of this many codes */
 enum { MAX_GROUP = 128 };  /* 4 products of at most 2*15*127 still fit into int16 */
 enum { FEATURES = 16 };    /* int4 features per pass: they stay in L1 for all rows */
@@ -32,10 +32,11 @@ INLINE void finish(const Job *j, int64_t row, int64_t feature, float sum) {
 }
 
 /* `finish` for up to GROUP features of a row, from sums lane by lane. */
-static void finish_group(const Job *j, int64_t row, int64_t feature, int64_t count, const __m256 *sum) {
+static void finish_group(const Job *j, int64_t row, int64_t feature, int64_t count, const Lanes *sum) {
     float sums[GROUP];
     for (int64_t c = 0; c < count; c += 4) {
-        const __m256 ab = _mm256_hadd_ps(sum[c], sum[c + 1]), cd = _mm256_hadd_ps(sum[c + 2], sum[c + 3]);
+        const __m256 ab = _mm256_hadd_ps(eight_sums(sum[c]), eight_sums(sum[c + 1]));
+        const __m256 cd = _mm256_hadd_ps(eight_sums(sum[c + 2]), eight_sums(sum[c + 3]));
         const __m256 all = _mm256_hadd_ps(ab, cd);
         _mm_storeu_ps(sums + c, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
     }
@@ -44,12 +45,17 @@ static void finish_group(const Job *j, int64_t row, int64_t feature, int64_t cou
 
 /* ---- bf16 and fp32 ---- */
 
-/* Each 16 columns of bf16 become 8 even ones, then 8 odd ones: the order in which a shift and a mask unpack weights. */
+/* Whether x and weights stay pairs of bf16, which one instruction multiplies. */
+INLINE int in_pairs(const int type) { return WIDE && type == BF16; }
+
+/* A row padded with zeros to whole steps, as tiles read it. Without an instruction for pairs, each 16 columns of bf16
+ * become 8 even ones, then 8 odd ones: the order in which a shift and a mask unpack weights. */
 INLINE void spread_row(const int type, const char *x, int64_t k, float *out) {
     const __m256i odd = _mm256_set1_epi32((int)0xffff0000);
-    if (type == FP32) {
-        memcpy(out, x, (size_t)k * 4);
-        memset(out + k, 0, (size_t)(-k & 15) * 4);
+    if (type == FP32 || in_pairs(type)) {
+        const size_t size = type == FP32 ? 4 : 2;
+        memcpy(out, x, (size_t)k * size);
+        memset((char *)out + (size_t)k * size, 0, (size_t)(-k & (STEP - 1)) * size);
         return;
     }
     for (int64_t i = 0; i < k; i += 16) {
@@ -62,35 +68,38 @@ INLINE void spread_row(const int type, const char *x, int64_t k, float *out) {
     }
 }
 
-/* The first or second half of 16 weights, in the order of `spread_row`. */
-INLINE __m256 unpack(const int type, const int half, const char *w) {
-    if (type == FP32) return _mm256_loadu_ps((const float *)w + 8 * half);
-    const __m256i pairs = _mm256_loadu_si256((const __m256i *)w);
-    return _mm256_castsi256_ps(half ? _mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000)) : _mm256_slli_epi32(pairs, 16));
+/* The weights of a step: all in pairs, or those that meet the first or second vector of `spread_row`. */
+INLINE Lanes unpack(const int type, const int half, const char *w) {
+#if !WIDE
+    const __m256i pairs = _mm256_loadu_si256((const __m256i *)w), odd = _mm256_set1_epi32((int)0xffff0000);
+    if (type == BF16) return _mm256_castsi256_ps(half ? _mm256_and_si256(pairs, odd) : _mm256_slli_epi32(pairs, 16));
+#endif
+    return load_lanes(w + (in_pairs(type) ? 0 : 4 * LANES * half));
 }
 
-/* One tile over columns [0, k), a multiple of 16: sum[r][c] += x_r . w_c, lane by lane. Each step also asks for a
- * piece of the weights that come next, so that memory is busy while products are computed. `ldw` is in bytes. */
-INLINE void dense_tile(const int type, const int R, const int C, const float *x, int64_t ldx, const char *w,
-                       int64_t ldw, int64_t k, __m256 *sum, const char *ahead, int64_t pace) {
-    const int size = type == BF16 ? 2 : 4;
-    __m256 acc[TILE_ROWS][4], v[4];
+/* One tile over columns [0, k), a multiple of STEP: sum[r][c] += x_r . w_c, lane by lane. Each step also asks for a
+ * piece of the weights that come next, so that memory is busy while products are computed. `ldx` and `ldw` are bytes. */
+INLINE void dense_tile(const int type, const int R, const int C, const char *x, int64_t ldx, const char *w,
+                       int64_t ldw, int64_t k, Lanes *sum, const char *ahead, int64_t pace) {
+    const int size = type == BF16 ? 2 : 4, x_size = in_pairs(type) ? 2 : 4, halves = x_size / 2;
+    Lanes acc[TILE_ROWS][4], v[4];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++) acc[r][c] = sum[r * GROUP + c];
-    for (int64_t i = 0; i < k; i += 16, ahead += pace) {
-#pragma GCC unroll 4
-        for (int line = 0; line < (C * size + 3) / 4; line++) _mm_prefetch(ahead + 64 * line, _MM_HINT_T1);
+    for (int64_t i = 0; i < k; i += STEP, ahead += pace) {
+#pragma GCC unroll 8
+        for (int line = 0; line < (C * size * STEP + 63) / 64; line++) _mm_prefetch(ahead + 64 * line, _MM_HINT_T1);
 #pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
+        for (int half = 0; half < halves; half++) {
 #pragma GCC unroll 4
             for (int c = 0; c < C; c++) v[c] = unpack(type, half, w + c * ldw + i * size);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
-                const __m256 xr = _mm256_load_ps(x + r * ldx + i + 8 * half);
+                const Lanes xr = load_lanes(x + r * ldx + i * x_size + 4 * LANES * half);
 #pragma GCC unroll 4
-                for (int c = 0; c < C; c++) acc[r][c] = _mm256_fmadd_ps(xr, v[c], acc[r][c]);
+                for (int c = 0; c < C; c++)
+                    acc[r][c] = in_pairs(type) ? dot_pairs(acc[r][c], xr, v[c]) : multiply_add(xr, v[c], acc[r][c]);
             }
         }
     }
@@ -100,8 +109,8 @@ INLINE void dense_tile(const int type, const int R, const int C, const float *x,
         for (int c = 0; c < C; c++) sum[r * GROUP + c] = acc[r][c];
 }
 
-/* Features of a tile, by its rows: at most 12 sums, so that there are registers for all of it. */
-static const int TILE_WIDTH[TILE_ROWS + 1] = {0, 4, 4, 3, 3, 2, 2, 1, 1};
+/* Features of a tile, by its rows: at most 12 sums of AVX2's 16 registers, 24 of AVX-512's 32. */
+static const int TILE_WIDTH[2][TILE_ROWS + 1] = {{0, 4, 4, 3, 3, 2, 2, 1, 1}, {0, 4, 4, 4, 4, 4, 4, 3, 3}};
 
 /* Rows per tile if `rows` are split as evenly as can be. */
 static int64_t tile_height(int64_t rows) {
@@ -110,19 +119,24 @@ static int64_t tile_height(int64_t rows) {
 }
 
 /* All rows against up to GROUP features over columns [0, k); returns how far ahead it has asked. */
-INLINE const char *dense_block(const int type, int64_t rows, int64_t features, const float *x, int64_t ldx,
-                               const char *w, int64_t ldw, int64_t k, __m256 *sum, const char *ahead, int64_t pace) {
+INLINE const char *dense_block(const int type, int64_t rows, int64_t features, const char *x, int64_t ldx,
+                               const char *w, int64_t ldw, int64_t k, Lanes *sum, const char *ahead, int64_t pace) {
     const int64_t most = tile_height(rows);
     for (int64_t r = 0; r < rows; r += most) {
-        const int64_t height = MIN(most, rows - r);
-        for (int64_t c = 0, width; c < features; c += width, ahead += k / 16 * pace) {
-            width = features - c >= TILE_WIDTH[height] ? TILE_WIDTH[height] : 1;
+        const int64_t height = MIN(most, rows - r), widest = TILE_WIDTH[WIDE][height];
+        for (int64_t c = 0, width; c < features; c += width, ahead += k / STEP * pace) {
+            width = features - c >= widest ? widest : 1;
 #define TILE(R, C)                                                                                                  \
     case R * 8 + C:                                                                                                 \
         dense_tile(type, R, C, x + r * ldx, ldx, w + c * ldw, ldw, k, sum + r * GROUP + c, ahead, pace);            \
         break;
             switch (height * 8 + width) {
+#if WIDE
+                TILE(1, 4) TILE(2, 4) TILE(3, 4) TILE(4, 4) TILE(5, 4) TILE(6, 4) TILE(7, 3) TILE(8, 3)
+                TILE(7, 1) TILE(8, 1)
+#else
                 TILE(1, 4) TILE(2, 4) TILE(3, 3) TILE(4, 3) TILE(5, 2) TILE(6, 2) TILE(7, 1) TILE(8, 1)
+#endif
                 TILE(1, 1) TILE(2, 1) TILE(3, 1) TILE(4, 1) TILE(5, 1) TILE(6, 1)
             }
 #undef TILE
@@ -132,27 +146,29 @@ INLINE const char *dense_block(const int type, int64_t rows, int64_t features, c
 }
 
 INLINE void dense_features(const int type, const Job *j, int64_t begin, int64_t end) {
-    const int64_t size = type == BF16 ? 2 : 4, ldw = j->k * size;
-    const int64_t full = j->k & ~(int64_t)15, ldx = (j->k + 15) & ~(int64_t)15;
+    const int64_t size = type == BF16 ? 2 : 4, ldw = j->k * size, x_size = in_pairs(type) ? 2 : 4;
+    const int64_t full = j->k & ~(int64_t)(STEP - 1), ldx = ((j->k + STEP - 1) & ~(int64_t)(STEP - 1)) * x_size;
     const int64_t most = MIN(j->m, ROWS);
-    __m256 *sum = scratch((size_t)(most * (ldx / 8 + GROUP)) * sizeof(__m256));
-    float *x = (float *)(sum + most * GROUP);
+    Lanes *sum = scratch((size_t)(most * ldx) + (size_t)(most * GROUP) * sizeof(Lanes));
+    char *x = (char *)(sum + most * GROUP);
     for (int64_t row = 0; row < j->m; row += ROWS) {
-        const int64_t rows = MIN(ROWS, j->m - row), block = MAX(256, X_BLOCK / rows & ~(int64_t)15);
+        const int64_t rows = MIN(ROWS, j->m - row), block = MAX(256, X_BLOCK / x_size / rows & ~(int64_t)(STEP - 1));
         double tiles = 0; /* that pass over a weight */
-        for (int64_t r = 0, h = tile_height(rows); r < rows; r += h) tiles += 1.0 / TILE_WIDTH[MIN(h, rows - r)];
-        for (int64_t r = 0; r < rows; r++) spread_row(type, (const char *)j->x + (row + r) * ldw, j->k, x + r * ldx);
+        for (int64_t r = 0, h = tile_height(rows); r < rows; r += h) tiles += 1.0 / TILE_WIDTH[WIDE][MIN(h, rows - r)];
+        for (int64_t r = 0; r < rows; r++)
+            spread_row(type, (const char *)j->x + (row + r) * ldw, j->k, (float *)(x + r * ldx));
         for (int64_t f = begin; f < end; f += GROUP) {
-            const int64_t features = MIN(GROUP, end - f), pace = (int64_t)(16 * size / tiles);
+            const int64_t features = MIN(GROUP, end - f), pace = (int64_t)(STEP * size / tiles);
             const char *w = (const char *)j->w + f * ldw, *ahead = f + GROUP < end ? w + GROUP * ldw : j->next;
-            memset(sum, 0, (size_t)(rows * GROUP) * sizeof(__m256));
+            for (int64_t i = 0; i < rows * GROUP; i++) sum[i] = zero_lanes();
             for (int64_t k = 0; k < full; k += block)
-                ahead = dense_block(type, rows, features, x + k, ldx, w + k * size, ldw, MIN(block, full - k), sum, ahead, pace);
+                ahead = dense_block(type, rows, features, x + k * x_size, ldx, w + k * size, ldw, MIN(block, full - k),
+                                    sum, ahead, pace);
             if (full < j->k) {
-                char tail[GROUP * 64] = {0};
+                char tail[GROUP * STEP * 4] = {0};
                 for (int64_t c = 0; c < features; c++)
-                    memcpy(tail + c * 16 * size, w + c * ldw + full * size, (size_t)((j->k - full) * size));
-                dense_block(type, rows, features, x + full, ldx, tail, 16 * size, 16, sum, ahead, 0);
+                    memcpy(tail + c * STEP * size, w + c * ldw + full * size, (size_t)((j->k - full) * size));
+                dense_block(type, rows, features, x + full * x_size, ldx, tail, STEP * size, STEP, sum, ahead, 0);
             }
             for (int64_t r = 0; r < rows; r++) finish_group(j, row + r, f, features, sum + r * GROUP);
         }
@@ -228,11 +244,27 @@ INLINE void load_scales(const int scale_dtype, const void *scale_shift, int64_t 
     *shifts = _mm256_shuffle_ps(low, high, 0xdd);
 }
 
+/* Products of a group's codes and activations, summed lane by lane; they are exact either way. */
+INLINE __m256i dot_codes(const int blocks, const __m256i *codes, const __m256i *q) {
+#if WIDE && !defined(EMULATE)
+    __m256i dot = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (int b = 0; b < blocks; b++) dot = _mm256_dpbusd_epi32(dot, codes[b], _mm256_load_si256(q + b));
+    return dot;
+#else
+    __m256i dot = _mm256_maddubs_epi16(codes[0], _mm256_load_si256(q));
+#pragma GCC unroll 4
+    for (int b = 1; b < blocks; b++)
+        dot = _mm256_add_epi16(dot, _mm256_maddubs_epi16(codes[b], _mm256_load_si256(q + b)));
+    return _mm256_madd_epi16(dot, _mm256_set1_epi16(1));
+#endif
+}
+
 /* R rows against one feature. `blocks` = group / 32; `lds` is the rows' stride of scale and total. */
 INLINE void int4_tile(const int R, const int blocks, const int scale_dtype, const Job *j, int64_t feature,
                       const int8_t *q, int64_t ldq, const float *scale, const float *total, int64_t lds, int64_t row,
                       const char *ahead) {
-    const __m256i nibble = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1);
+    const __m256i nibble = _mm256_set1_epi8(15);
     const int64_t bytes = j->groups * blocks * 16, pair = scale_dtype == BF16 ? 4 : 8;
     const uint8_t *w = (const uint8_t *)j->w + feature * bytes;
     const char *scale_shift = (const char *)j->scale_shift + feature * j->groups * pair;
@@ -266,11 +298,7 @@ INLINE void int4_tile(const int R, const int blocks, const int scale_dtype, cons
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
                 const __m256i *qr = (const __m256i *)(q + r * ldq + (first + g) * blocks * 32);
-                __m256i dot = _mm256_maddubs_epi16(codes[0], _mm256_load_si256(qr));
-#pragma GCC unroll 4
-                for (int b = 1; b < blocks; b++)
-                    dot = _mm256_add_epi16(dot, _mm256_maddubs_epi16(codes[b], _mm256_load_si256(qr + b)));
-                const __m256 exact = _mm256_cvtepi32_ps(_mm256_madd_epi16(dot, one));
+                const __m256 exact = _mm256_cvtepi32_ps(dot_codes(blocks, codes, qr));
                 acc[r] = _mm256_fmadd_ps(_mm256_broadcast_ss(&product[r][g]), exact, acc[r]);
             }
         }
