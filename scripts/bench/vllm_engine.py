@@ -24,8 +24,8 @@ from bench.workload import Workload
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 HAS_VLLM = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
-RESERVE_BYTES = {"cuda": 10 * 2**30, "cpu": 2**30}  # activations of a prefill, sampling and CUDA graphs, with room
-BLOCK_TOKENS = 16  # vLLM's allocation unit
+RESERVE_BYTES = 10 * 2**30  # activations of a prefill, sampling and CUDA graphs, with room to spare
+BLOCK_TOKENS = {"cuda": 16, "cpu": 128}  # vLLM's allocation unit
 LARGEST_SHARE = 0.9  # vLLM's own default
 
 
@@ -42,22 +42,20 @@ def check_vllm(python: str) -> None:
         )
 
 
-def total_bytes(device: torch.device) -> int:
-    """Memory of a GPU, or of the host: `gpu_memory_utilization` is a share of it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def kv_bytes(traffic: Traffic, workload: Workload, device_type: str) -> int:
+    """Keys and values of every token of the workload at once, with a block more for each row."""
+    block = BLOCK_TOKENS[device_type]
+    ends = (len(p) + n for p, n in zip(workload.prompt_ids, workload.lengths, strict=True))
+    return sum(-(-end // block) * block + block for end in ends) * traffic.kv_token_bytes
 
 
-def memory_share(traffic: Traffic, workload: Workload, device_type: str, total_bytes: int) -> float:
+def memory_share(traffic: Traffic, workload: Workload, total_bytes: int) -> float:
     """`gpu_memory_utilization` for the weights and every token of the workload at once.
 
     Raises:
         ValueError: the device is too small.
     """
-    ends = (len(p) + n for p, n in zip(workload.prompt_ids, workload.lengths, strict=True))
-    num_tokens = sum(-(-end // BLOCK_TOKENS) * BLOCK_TOKENS + BLOCK_TOKENS for end in ends)
-    needed = traffic.weight_bytes + num_tokens * traffic.kv_token_bytes + RESERVE_BYTES[device_type]
+    needed = traffic.weight_bytes + kv_bytes(traffic, workload, "cuda") + RESERVE_BYTES
     if needed > LARGEST_SHARE * total_bytes:
         raise ValueError(f"engine vllm needs {needed / 2**30:.0f} GiB, the device has {total_bytes / 2**30:.0f}")
     return needed / total_bytes
@@ -65,8 +63,12 @@ def memory_share(traffic: Traffic, workload: Workload, device_type: str, total_b
 
 def llm_arguments(model_dir: str, model: PreTrainedModel, workload: Workload, dummy: bool) -> dict[str, Any]:
     """The arguments of `vllm.LLM`. No two rows share a prompt, so a prefix cache would only skip repeats' work."""
-    device = model.device
-    share = memory_share(Traffic.of(model, workload), workload, device.type, total_bytes(device))
+    traffic = Traffic.of(model, workload)
+    if model.device.type == "cuda":
+        total = torch.cuda.get_device_properties(model.device).total_memory
+        memory = {"gpu_memory_utilization": round(memory_share(traffic, workload, total), 4)}
+    else:
+        memory = {"kv_cache_memory_bytes": kv_bytes(traffic, workload, "cpu"), "enforce_eager": True}
     longest = max(len(p) + n for p, n in zip(workload.prompt_ids, workload.lengths, strict=True))
     return {
         "model": model_dir,
@@ -75,9 +77,8 @@ def llm_arguments(model_dir: str, model: PreTrainedModel, workload: Workload, du
         "dtype": str(model.dtype).removeprefix("torch."),
         "max_model_len": longest,
         "max_num_seqs": len(workload.lengths),
-        "gpu_memory_utilization": round(share, 4),
         "enable_prefix_caching": False,
-        "enforce_eager": device.type == "cpu",
+        **memory,
     }
 
 
