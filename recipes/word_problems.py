@@ -1,4 +1,4 @@
-"""Arithmetic word problems in the manner of GSM8K, generated: real text for a real model, and a reward that is exact."""
+"""Arithmetic word problems in the manner of GSM8K, generated: real text for a real model, and an exact reward."""
 
 import random
 import re
@@ -29,8 +29,8 @@ PROBLEMS = (
         lambda a, b, c: a - b + c * b,
     ),
     (
-        "{x} saves {b} dollars a week for {c} weeks. A bicycle costs {a} dollars more than what {x} has saved by then. "
-        "How much does the bicycle cost?",
+        "{x} saves {b} dollars a week for {c} weeks. A bicycle costs {a} dollars more than what {x} has saved by "
+        "then. How much does the bicycle cost?",
         lambda a, b, c: b * c + a,
     ),
     (
