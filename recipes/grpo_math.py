@@ -4,6 +4,10 @@ Without arguments: the embedded default, a small policy on generated arithmetic,
 
     accelerate launch recipes/grpo_math.py
 
+A small real model, SmolLM2-135M-Instruct, on generated word problems, offline as well (`recipes/smollm2.py`):
+
+    accelerate launch recipes/grpo_math.py --config recipes/smollm2-135m/grpo_word_problems.yaml
+
 The real thing, or any dataset of questions and answers of your own (a hub id or a local folder or file):
 
     accelerate launch recipes/grpo_math.py --model_name_or_path Qwen/Qwen2.5-1.5B-Instruct \
@@ -20,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import arithmetic
+import smollm2
 import torch
+import word_problems
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, load_dataset
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
@@ -31,6 +37,11 @@ from trl_selfspec import SelfSpecGRPOConfig, SelfSpecGRPOTrainer
 
 RECIPES = Path(__file__).resolve().parent
 EMBEDDED_CONFIG = RECIPES / "tiny" / "grpo_arithmetic.yaml"
+# Datasets that are made here, each with its reward.
+GENERATED = {
+    None: (arithmetic.make_dataset, arithmetic.product_reward),
+    "word_problems": (word_problems.make_dataset, word_problems.answer_reward),
+}
 LAUNCHER_VARIABLES = (
     "ACCELERATE_",
     "RANK",
@@ -48,7 +59,10 @@ class RecipeArguments:
 
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Hub id, local folder or json/csv/parquet file. Default: generated arithmetic."},
+        metadata={
+            "help": "Hub id, local folder or json/csv/parquet file; word_problems for generated ones. "
+            "Default: generated arithmetic."
+        },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
@@ -135,9 +149,10 @@ def final_answer(answer: str) -> str:
 
 def make_datasets(arguments: RecipeArguments, training: SelfSpecGRPOConfig) -> tuple[Dataset, Dataset | None]:
     evaluates = training.eval_strategy != "no"
-    if arguments.dataset_name is None:
-        evaluation = arithmetic.make_dataset(128, seed=training.seed + 1) if evaluates else None
-        return arithmetic.make_dataset(arguments.num_problems, seed=training.seed), evaluation
+    if arguments.dataset_name in GENERATED:
+        make_dataset, _ = GENERATED[arguments.dataset_name]
+        evaluation = make_dataset(128, seed=training.seed + 1) if evaluates else None
+        return make_dataset(arguments.num_problems, seed=training.seed), evaluation
     splits = load_math_dataset(arguments)
     if evaluates and arguments.dataset_test_split not in splits:
         raise ValueError(
@@ -152,6 +167,9 @@ def main(argv: Sequence[str]) -> None:
         if arguments.dataset_name is not None:
             raise ValueError("`--dataset_name` needs `--model_name_or_path`: the small policy knows arithmetic only.")
         model.model_name_or_path = str(ensure_tiny_policy())
+    if model.model_name_or_path == smollm2.NAME:
+        with PartialState().local_main_process_first():
+            model.model_name_or_path = str(smollm2.smollm2_dir())
     own = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
@@ -160,9 +178,10 @@ def main(argv: Sequence[str]) -> None:
     given: Any = training.model_init_kwargs  # TRL has parsed a string from the command line
     training.model_init_kwargs = own | (given or {})  # pyright: ignore[reportAttributeAccessIssue]
     train_dataset, eval_dataset = make_datasets(arguments, training)
+    _, reward = GENERATED.get(arguments.dataset_name, (None, accuracy_reward))
     trainer = SelfSpecGRPOTrainer(
         model=model.model_name_or_path,
-        reward_funcs=arithmetic.product_reward if arguments.dataset_name is None else accuracy_reward,
+        reward_funcs=reward,
         args=training,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,

@@ -1,6 +1,7 @@
 """Time rollout engines side by side, on the same forced work, in one process.
 
     python scripts/bench_rollout.py run --preset 150m --rows 4 --synthetic-acceptance 0.95
+    python scripts/bench_rollout.py run --model smollm2 --rows 4 --max-new-tokens 96
     python scripts/bench_rollout.py compare before.json after.json
     python scripts/bench_rollout.py plot benchmarks/*.json --out ratios.png
 
@@ -33,6 +34,10 @@ from bench.workload import LENGTH_PROFILES, PRESETS, Workload, load_model, make_
 
 from trl_selfspec.kernels.gpu import errors
 from trl_selfspec.options import SelfSpecOptions
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+import smollm2
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -82,15 +87,13 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="time engines", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     model = run.add_mutually_exclusive_group()
-    model.add_argument("--model", type=Path, metavar="PATH", help="a saved model")
+    model.add_argument("--model", type=Path, metavar="PATH", help="a saved model, or smollm2")
     model.add_argument("--preset", help=f"random weights of a known shape: {', '.join(PRESETS)}; 150m without --model")
     run.add_argument("--engines", type=engine_names, default="stock,plain,selfspec", help=f"of {', '.join(ENGINES)}")
     run.add_argument("--rows", type=positive_int, default=1, help="prompts, one completion each")
     run.add_argument("--length-profile", choices=LENGTH_PROFILES, default="uniform")
     run.add_argument("--max-new-tokens", type=positive_int, default=128, help="length of the longest row")
-    run.add_argument(
-        "--prompt-length", type=positive_int, default=64, help="of the longest prompt; the shortest has half"
-    )
+    run.add_argument("--prompt-length", type=positive_int, default=64, help="of the longest random prompt")
     run.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
     run.add_argument("--device", type=available_device, default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--threads", type=positive_int, help="torch's CPU threads; torch's choice if not given")
@@ -204,14 +207,15 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> Iterator[dict[str, Any
     transformers.logging.set_verbosity_error()
     device: torch.device = args.device
     preset = None if args.model else args.preset or "150m"
-    model = load_model(preset, args.model, DTYPES[args.dtype], device, args.seed)
+    path = smollm2.resolve(args.model)
+    model = load_model(preset, path, DTYPES[args.dtype], device, args.seed)
     workload = make_workload(
-        args.length_profile, args.rows, args.max_new_tokens, args.prompt_length, model.config.vocab_size, args.seed
+        model, path, args.length_profile, args.rows, args.max_new_tokens, args.prompt_length, args.seed
     )
     load_before = os.getloadavg()[0]
     bench = Bench(workload, device, args.seed)
     makers = engine_makers(
-        model, workload, args.engines, selfspec_options(args), args.synthetic_acceptance, args.vllm_python
+        model, workload, args.engines, selfspec_options(args), args.synthetic_acceptance, args.vllm_python, path
     )
     for name, make in makers.items():
         bench.add(name, make, args.warmup_tokens)
@@ -229,7 +233,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> Iterator[dict[str, Any
             "device": device.type,
             "length_profile": args.length_profile,
             "lengths": workload.summary(),
-            "prompt_length": args.prompt_length,
+            "prompt_length": max(map(len, workload.prompt_ids)),
         },
         "provenance": report.provenance(argv, device)
         | {
@@ -269,14 +273,15 @@ def check_arguments(args: argparse.Namespace) -> None:
     """What argparse cannot see; `ValueError` before any model is built."""
     if args.preset is not None and args.preset not in PRESETS:
         raise ValueError(f"unknown preset {args.preset!r}; presets: {', '.join(PRESETS)}")
-    if args.model is not None and not (args.model / "config.json").exists():
-        raise ValueError(f"--model {args.model}: no config.json there; give the folder of a saved model, or --preset")
+    path = smollm2.resolve(args.model)
+    if path is not None and not (path / "config.json").exists():
+        raise ValueError(f"--model {path}: no config.json there; give the folder of a saved model, or --preset")
+    if path is None and args.length_profile == "eos":
+        raise ValueError("--length-profile eos needs --model: random weights don't know when an answer ends")
     if args.synthetic_acceptance is not None and "selfspec" not in args.engines:
         raise ValueError("--synthetic-acceptance needs the engine selfspec: no other one drafts")
     selfspec_options(args)
     if "vllm" in args.engines:
-        if args.device.type != "cuda":
-            raise ValueError(f"engine vllm needs a CUDA device; this run is on {args.device.type}")
         check_vllm(args.vllm_python)
     if args.out is not None and not args.out.parent.is_dir():
         raise ValueError(f"--out {args.out}: the folder {args.out.parent} does not exist")
@@ -295,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(args.out)
             return
         check_arguments(args)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         parser.error(str(error))
     result: dict[str, Any] = {}
     for result in run(args, argv):

@@ -2,11 +2,12 @@
 
     python scripts/measure_acceptance.py [--size 135m] [--measure_every 2] [--out OUT] [arguments of the recipe]
 
-A policy is trained on generated arithmetic (once, some minutes), then by GRPO with SelfSpecGRPOTrainer. Every few
-optimizer steps, each drafter drafts for the policy of that moment on problems that it does not train on, at
-temperature 1: alpha is accepted / examined. A stale drafter keeps the Linear weights of step 0, as if it were a
-separate model; what it shares with the policy (embeddings, norms) follows. Writes OUT.json after every measurement,
-and OUT.png in the end.
+A policy is trained on generated arithmetic (once, some minutes), then by GRPO with SelfSpecGRPOTrainer; with
+`--config recipes/smollm2-135m/grpo_word_problems.yaml` policy and problems are that recipe's. Every few optimizer
+steps, each drafter drafts for the policy of that moment on problems that it does not train on, at the training's
+temperature: alpha is accepted / examined. A stale drafter keeps the Linear weights of step 0, as if it were a separate
+model; what it shares with the policy (embeddings, norms) follows. Writes OUT.json after every
+measurement, and OUT.png in the end.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from bench.report import provenance, write_result
+from datasets import Dataset
 from make_tiny_policy import SIZES
 from transformers import (
     AutoTokenizer,
@@ -37,12 +39,13 @@ from trl_selfspec import SelfSpecEngine, SelfSpecGRPOTrainer, SelfSpecOptions
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import arithmetic
 import grpo_math
+import smollm2
 
 
 ROOT = Path(__file__).resolve().parents[1]
 QTYPES = ("qint4", "qint8", "qfloat8")
 KINDS = ("refreshed", "stale")
-DRAFT_LENGTH, MAX_NEW_TOKENS = 4, 320
+DRAFT_LENGTH = 4
 HELD_OUT_SEED = 10**6  # of problems; training uses seeds from 0
 
 
@@ -54,6 +57,8 @@ class AcceptanceProbe(TrainerCallback):
         tokenizer: the policy's.
         num_prompts: held-out problems per measurement, the same for all drafters.
         autocast_dtype: of the training, None for none.
+        generation_config: of the drafted completions.
+        make_dataset: makes so many problems, with a column `prompt`, from a seed.
         on_point: called after every measurement.
     """
 
@@ -64,8 +69,11 @@ class AcceptanceProbe(TrainerCallback):
         num_prompts: int,
         every: int,
         autocast_dtype: torch.dtype | None,
+        generation_config: GenerationConfig,
+        make_dataset: Callable[[int, int], Dataset] = arithmetic.make_dataset,
         on_point: Callable[[], None] = lambda: None,
     ) -> None:
+        self.generation_config, self.make_dataset = generation_config, make_dataset
         self.model, self.tokenizer, self.num_prompts, self.every = model, tokenizer, num_prompts, every
         self.on_point = on_point
         self.engines = {
@@ -88,17 +96,16 @@ class AcceptanceProbe(TrainerCallback):
             self.measure(state.global_step)
 
     def measure(self, step: int) -> None:
-        problems = arithmetic.make_dataset(self.num_prompts, seed=HELD_OUT_SEED + step)
+        problems = self.make_dataset(self.num_prompts, HELD_OUT_SEED + step)
         prompts = [
             self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
             for prompt in problems["prompt"]
         ]
-        config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
         point: dict[str, Any] = {"step": step, "relative_weight_change": self.relative_weight_change()}
         for (qtype, kind), engine in self.engines.items():
             if step:
                 engine.refresh(draft=kind == "refreshed")
-            stats = engine.generate(prompts, config, seed=step).stats
+            stats = engine.generate(prompts, self.generation_config, seed=step).stats
             engine.end_conversation()
             examined = sum(stats.examined_per_position)
             point[f"{qtype} {kind}"] = {"alpha": stats.alpha, "examined": examined}
@@ -147,7 +154,7 @@ def plot(points: Sequence[dict[str, Any]], title: str, path: Path) -> None:
             alphas = [value["alpha"] for value in values]
             errors = [(v["alpha"] * (1 - v["alpha"]) / v["examined"]) ** 0.5 for v in values]
             axes.errorbar(steps, alphas, errors, fmt=style, color=f"C{i}", capsize=2, label=f"{qtype}, {kind}")
-    axes.set(xlabel="optimizer step", ylabel="alpha (accepted / examined), T = 1")
+    axes.set(xlabel="optimizer step", ylabel="alpha (accepted / examined)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(title, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
@@ -167,12 +174,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "acceptance" / "acceptance")
     args, rest = parser.parse_known_args(argv)
     command, start = list(sys.argv[1:] if argv is None else argv), time.monotonic()
-    policy = args.policy or grpo_math.ensure_tiny_policy(args.size)
-    arguments, training, _ = grpo_math.parse(["--output_dir", str(args.output_dir), *rest])
+    arguments, training, model = grpo_math.parse(["--output_dir", str(args.output_dir), *rest])
+    make_dataset, reward = grpo_math.GENERATED[arguments.dataset_name]
+    policy = args.policy or smollm2.resolve(model.model_name_or_path) or grpo_math.ensure_tiny_policy(args.size)
     training.model_init_kwargs = {"dtype": "float32"}
     trainer = SelfSpecGRPOTrainer(
         model=str(policy),
-        reward_funcs=arithmetic.product_reward,
+        reward_funcs=reward,
         args=training,
         train_dataset=grpo_math.make_datasets(arguments, training)[0],
     )
@@ -194,19 +202,33 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "mean_reward": mean(rewards) if rewards else None,
             },
             "draft_length": DRAFT_LENGTH,
+            "temperature": training.temperature,
             "num_prompts": args.num_prompts,  # per point
             "wall_s": time.monotonic() - start,
             "provenance": where,
         }
         write_result(result, args.out.with_suffix(".json"))
 
-    probe = AcceptanceProbe(trainer.model, tokenizer, args.num_prompts, args.measure_every, autocast, save)  # type: ignore[arg-type]
+    generation_config = GenerationConfig(
+        do_sample=True, temperature=training.temperature, top_k=0, max_new_tokens=training.max_completion_length
+    )
+    probe = AcceptanceProbe(
+        trainer.model,  # type: ignore[arg-type]
+        tokenizer,
+        args.num_prompts,
+        args.measure_every,
+        autocast,
+        generation_config,
+        make_dataset,
+        save,
+    )
     parameters = sum(parameter.numel() for parameter in probe.first)
     trainer.add_callback(probe)
     trainer.train()
     save()
     device, rate = trainer.accelerator.device.type, training.learning_rate
     title = f"{parameters / 1e6:.1f}M parameters, GRPO at learning rate {rate:g}, {device}"
+    title += f", T = {training.temperature:g}"
     plot(probe.points, title, args.out.with_suffix(".png"))
     print(json.dumps(pooled(probe.points)))
 

@@ -17,12 +17,15 @@ from bench.workload import (
     LONGTAIL_LIMIT,
     PRESETS,
     Workload,
+    chat_prompts,
     completion_lengths,
     load_model,
     make_workload,
     preset_config,
+    random_prompts,
 )
 from transformers import AutoModelForCausalLM, Qwen2Config
+from trl_runs import make_tokenizer
 
 from trl_selfspec.stats import RolloutStats
 
@@ -191,7 +194,7 @@ def test_continuous_batching_does_the_forced_work(tiny_model: Path, monkeypatch:
     """Each request has its own length, as `generate_batch` cannot. TRL gives the cache half the RAM, the test less."""
     monkeypatch.setattr(engines, "TRL_CB_MEMORY_PERCENT", 0.05)
     model = load_model(None, tiny_model, torch.float32, torch.device("cpu"), seed=0)
-    work = make_workload("longtail", 3, 12, prompt_length=6, vocab_size=64, seed=0)
+    work = make_workload(model, tiny_model, "longtail", 3, 12, prompt_length=6, seed=0)
     work.check(engines.ContinuousEngine(model).rollout(work, seed=1), "continuous")
 
 
@@ -204,9 +207,26 @@ def test_an_engine_that_did_other_work_is_an_error() -> None:
 
 
 def test_prompts_are_ragged_and_the_longest_is_as_asked() -> None:
-    work = make_workload("uniform", 4, 8, prompt_length=10, vocab_size=50, seed=0)
-    lengths = sorted(map(len, work.prompt_ids))
+    lengths = sorted(map(len, random_prompts(4, prompt_length=10, vocab_size=50, seed=0)))
     assert lengths[0] == 5 and lengths[-1] == 10 and len(set(lengths)) > 2
+
+
+def test_a_model_with_a_chat_format_gets_word_problems(tiny_model: Path, tmp_path: Path) -> None:
+    """Acceptance on random ids is not that of a rollout; without a chat format there is nothing else."""
+    assert chat_prompts(tiny_model, rows=3, seed=0) is None
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    texts = [tokenizer.decode(ids) for ids in chat_prompts(tmp_path, rows=3, seed=0) or []]
+    assert len(set(texts)) == 3
+    assert all("u : " in text or "u:" in text for text in texts) and all("?" in text for text in texts)
+
+
+def test_rows_have_the_length_at_which_the_model_ends_them(tiny_model: Path) -> None:
+    """Half of the tiny model's tokens end a row, long before a budget of 400 tokens; every engine gets the same."""
+    model = load_model(None, tiny_model, torch.float32, torch.device("cpu"), seed=0)
+    work = make_workload(model, tiny_model, "eos", 16, 400, prompt_length=6, seed=0)
+    assert len(work.lengths) == 16 and len(set(work.lengths)) > 1 and 1 <= max(work.lengths) < 40
+    work.check(engines.StockEngine(model).rollout(work, seed=1), "stock")
 
 
 # In billions: what the model cards of Qwen2.5 and Llama 3.1 say, without and with embeddings as far as they do.
@@ -246,7 +266,8 @@ def test_preset_150m_has_about_150_million_parameters() -> None:
         ("run --preset 150m --model x", "not allowed with"),
         ("run --model /nowhere", "no config.json"),
         ("run --engines stock,sglang", "unknown engine 'sglang'; engines: stock, continuous, vllm, plain, selfspec"),
-        ("run --engines stock,vllm --device cpu", "vllm needs a CUDA device"),
+        ("run --preset tiny --length-profile eos", "eos needs --model"),
+        ("run --engines stock,vllm --device cpu --vllm-python /nowhere/python", "can't be started"),
         ("run --engines ,", "no engine named"),
         ("run --rows 0", "not a positive number"),
         ("run --rows many", "invalid"),

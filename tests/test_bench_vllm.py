@@ -1,5 +1,6 @@
 """vLLM as an engine of the benchmark: the real worker process and its protocol, with a stand-in for the library."""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -7,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from bench.figures import Traffic
-from bench.vllm_engine import RESERVE_BYTES, VllmEngine, check_vllm, memory_share
-from bench.workload import Workload, load_model, make_workload
+from bench.vllm_engine import RESERVE_BYTES, VllmEngine, check_vllm, kv_bytes, memory_share
+from bench.workload import Workload, completion_lengths, load_model, random_prompts
 
 
 # What the worker uses of vLLM's offline API, strict about names and as noisy on stdout as the real one.
 STAND_IN = """
-import json, pathlib
+import json, os, pathlib
 print("INFO: imported")
 __version__ = "0.0.0+standin"
 
@@ -32,8 +33,11 @@ class RequestOutput:
 
 class LLM:
     def __init__(self, *, model, load_format, skip_tokenizer_init, dtype, max_model_len, max_num_seqs,
-                 gpu_memory_utilization, enable_prefix_caching):
-        assert load_format == "dummy" and skip_tokenizer_init and not enable_prefix_caching
+                 kv_cache_memory_bytes, enforce_eager, enable_prefix_caching):
+        assert skip_tokenizer_init and not enable_prefix_caching and enforce_eager
+        assert (load_format == "auto") == (pathlib.Path(model) / "model.safetensors").exists()
+        assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "nobind" and int(os.environ["OMP_NUM_THREADS"]) > 0
+        assert kv_cache_memory_bytes >= max_num_seqs * max_model_len
         self.vocab_size = json.loads((pathlib.Path(model) / "config.json").read_text())["vocab_size"]
         self.max_model_len = max_model_len
         print("INFO: loaded", dtype, max_num_seqs)
@@ -63,7 +67,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def work() -> Workload:
-    return make_workload("longtail", 3, 12, prompt_length=6, vocab_size=256, seed=0)
+    return Workload(random_prompts(3, 6, vocab_size=256, seed=0), completion_lengths("longtail", 3, 12, seed=0))
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +76,15 @@ def model():
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_the_worker_does_the_forced_work(model, work: Workload) -> None:
-    """Each request its own prompt and length, in order, past all that the library prints; the end frees the GPU."""
+@pytest.mark.parametrize("saved", [False, True], ids=["random weights", "saved weights"])
+def test_the_worker_does_the_forced_work(model, work: Workload, saved: bool, tmp_path: Path) -> None:
+    """Each request its own prompt and length, in order, past all that the library prints; the end frees the memory."""
     check_vllm(sys.executable)
-    engine = VllmEngine(model, work)
+    path = None
+    if saved:
+        path = tmp_path / "saved"
+        copy.deepcopy(model).save_pretrained(path)  # which changes the configuration of what it saves
+    engine = VllmEngine(model, work, path=path)
     try:
         assert engine.version == "0.0.0+standin"
         for part in (work.shortened(0.5), work):
@@ -121,6 +130,7 @@ def test_the_memory_share_holds_weights_and_every_token(model) -> None:
     work = Workload([[1] * 100] * 128, [512] * 128)
     traffic = Traffic.of(model, work)
     keys = 128 * 612 * traffic.kv_token_bytes
+    assert keys < kv_bytes(traffic, work, "cuda") < kv_bytes(traffic, work, "cpu") < 1.5 * keys
     total = 4 * (traffic.weight_bytes + keys + RESERVE_BYTES)
     assert 0.25 < memory_share(traffic, work, total) < 0.26
     with pytest.raises(ValueError, match="engine vllm needs"):

@@ -8,6 +8,7 @@ import measure_acceptance
 import pytest
 import torch
 from measure_acceptance import KINDS, QTYPES, AcceptanceProbe, pooled
+from transformers import GenerationConfig
 
 
 # What the recipe's parser gets besides: small enough for a test.
@@ -25,20 +26,20 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_only_the_refreshed_drafter_follows_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_refreshed_drafter_follows_the_policy() -> None:
     """A stale drafter that is refreshed after all would show that refreshing is not worth its seconds.
 
     At step 0 both are the same drafter with the same noise. Then all Linear weights change by much: whoever drafts
     with the old ones loses. 24 rows of up to 16 tokens put alpha within 0.04.
     """
-    monkeypatch.setattr(measure_acceptance, "MAX_NEW_TOKENS", 16)
     torch.manual_seed(0)
     model = make_tiny_policy.make_model()
     linear = [module.weight for module in model.model.modules() if isinstance(module, torch.nn.Linear)]
     with torch.no_grad():
         for weight in linear:
             weight.mul_(5)  # default weights are so small that every law is the same
-    probe = AcceptanceProbe(model, make_tiny_policy.make_tokenizer(), 24, every=1, autocast_dtype=None)
+    config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=16)
+    probe = AcceptanceProbe(model, make_tiny_policy.make_tokenizer(), 24, 1, None, config)
     probe.measure(0)
     with torch.no_grad():
         for weight in linear:
@@ -62,9 +63,8 @@ def test_alpha_is_pooled_as_a_ratio_of_sums() -> None:
     assert pooled(points)[names[0]]["examined"] == 400
 
 
-def test_it_runs_from_the_command_line(policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_runs_from_the_command_line(policy: Path, tmp_path: Path) -> None:
     """Arguments that are not its own go to the recipe."""
-    monkeypatch.setattr(measure_acceptance, "MAX_NEW_TOKENS", 16)
     out = tmp_path / "alpha"
     measure_acceptance.main(
         ["--policy", str(policy), "--out", str(out), "--output_dir", str(tmp_path), *SMALL_STEPS.split()]

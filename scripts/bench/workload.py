@@ -1,22 +1,39 @@
 """The work every engine of a benchmark does: a model, prompts, and a forced completion length for each row.
 
-Lengths come from a profile and are the same for all engines: end-of-sequence tokens never end a row. `longtail` has
-the shape of a GRPO step on competition math (median about 500 tokens, p99 about 3,000, limit 8,192): most rows end
-early and the longest one runs to the limit. It is scaled to any limit, so that a CPU can run it.
+Prompts are word problems in the model's own chat format where it has one, else random ids. Lengths come from a profile
+and are the same for all engines: end-of-sequence tokens never end a row. `longtail` has the shape of a GRPO step on
+competition math (median about 500 tokens, p99 about 3,000, limit 8,192): most rows end early and the longest one runs
+to the limit. It is scaled to any limit, so that a CPU can run it. With `eos`, each row has the length of one sample
+that the model itself ended.
 """
 
 import math
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.options import SelfSpecOptions
 
 
-LENGTH_PROFILES = ("uniform", "longtail")
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+import word_problems
+
+
+LENGTH_PROFILES = ("uniform", "longtail", "eos")
 LONGTAIL_MEDIAN, LONGTAIL_P99, LONGTAIL_LIMIT = 500, 3000, 8192
 
 
@@ -70,6 +87,27 @@ def load_model(
     assert model.generation_config is not None
     model.generation_config.eos_token_id = None
     return model.eval().requires_grad_(False)
+
+
+def chat_prompts(path: Path, rows: int, seed: int) -> list[list[int]] | None:
+    """Word problems in the chat format of a saved model, as ids; `None` where it has no chat format."""
+    if not (path / "tokenizer_config.json").exists():
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.chat_template is None:
+        return None
+    prompts = word_problems.make_dataset(rows, seed)["prompt"]
+    return [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=False) for p in prompts]
+
+
+def sampled_lengths(
+    model: PreTrainedModel, path: Path, prompt_ids: list[list[int]], max_new_tokens: int, seed: int
+) -> list[int]:
+    """Length of each row when the model ends it itself, at temperature 1."""
+    eos_token_id = GenerationConfig.from_pretrained(path).eos_token_id
+    config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id)
+    engine = SelfSpecEngine(model, SelfSpecOptions(num_speculative_tokens=0))
+    return [len(ids) for ids in engine.generate(prompt_ids, config, seed=seed).completion_ids]
 
 
 def completion_lengths(profile: str, rows: int, max_new_tokens: int, seed: int) -> list[int]:
@@ -128,13 +166,28 @@ class Workload:
         }
 
 
-def make_workload(
-    profile: str, rows: int, max_new_tokens: int, prompt_length: int, vocab_size: int, seed: int
-) -> Workload:
-    """Ragged random prompts of half to all of `prompt_length` tokens, each its own, and the profile's lengths."""
+def random_prompts(rows: int, prompt_length: int, vocab_size: int, seed: int) -> list[list[int]]:
+    """Ragged prompts of half to all of `prompt_length` tokens, each its own."""
     rng = random.Random(seed)
     shortest = (prompt_length + 1) // 2
     prompt_lengths = [prompt_length - (prompt_length - shortest) * i // max(1, rows - 1) for i in range(rows)]
     rng.shuffle(prompt_lengths)
-    prompt_ids = [[rng.randrange(vocab_size) for _ in range(length)] for length in prompt_lengths]
-    return Workload(prompt_ids, completion_lengths(profile, rows, max_new_tokens, seed))
+    return [[rng.randrange(vocab_size) for _ in range(length)] for length in prompt_lengths]
+
+
+def make_workload(
+    model: PreTrainedModel,
+    path: Path | None,  # of the model's files; None for random weights
+    profile: str,
+    rows: int,
+    max_new_tokens: int,
+    prompt_length: int,  # of random prompts
+    seed: int,
+) -> Workload:
+    prompts = None if path is None else chat_prompts(path, rows, seed)
+    if prompts is None:
+        prompts = random_prompts(rows, prompt_length, model.config.vocab_size, seed)
+    if profile == "eos":
+        assert path is not None
+        return Workload(prompts, sampled_lengths(model, path, prompts, max_new_tokens, seed))
+    return Workload(prompts, completion_lengths(profile, rows, max_new_tokens, seed))
