@@ -84,6 +84,18 @@ def test_rows_do_not_see_their_neighbours() -> None:
         assert all(torch.equal(one, many[row]) for one, many in zip(alone, together, strict=True))
 
 
+def test_draws_do_not_depend_on_the_callers_defaults() -> None:
+    """An output without memory, or of doubles, would be written past its end."""
+    scores, u = random_scores(3, 1000, masked=False), torch.rand(3, dtype=torch.float64)
+    expected = cpu.draw(scores, u)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert all(map(torch.equal, cpu.draw(scores, u), expected))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_draws_by_the_kernel_are_those_of_the_eager_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes of plain rounds and of verification, strides included; proves that the kernel ran."""
     scores = random_scores(6, 3 * 2000, masked=False).view(6, 3, 2000)

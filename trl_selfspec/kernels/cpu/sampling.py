@@ -18,7 +18,7 @@ def draw(
 
     A row without mass, or with NaN, gives some token in range and a logarithm that is not finite.
     """
-    tokens = torch.empty(scores.shape[:-1], dtype=torch.int64)
+    tokens = torch.empty(scores.shape[:-1], dtype=torch.int64, device=scores.device)
     return tokens, _sample(scores, u.contiguous(), tokens)
 
 
@@ -29,8 +29,9 @@ def logsumexp(scores: Tensor) -> Tensor:  # (..., V) fp32 -> (...)
 def _sample(scores: Tensor, u: Tensor | None, tokens: Tensor | None) -> Tensor:
     if scores.requires_grad and torch.is_grad_enabled():
         raise AssertionError("the kernels have no backward: use torch.no_grad()")
-    scores, logs = scores.contiguous(), torch.empty(scores.shape[:-1])
-    assert u is None or (u.dtype is torch.float64 and u.shape == logs.shape)
+    assert takes(scores)
+    scores, logs = scores.contiguous(), torch.empty(scores.shape[:-1], dtype=torch.float32, device=scores.device)
+    assert u is None or (u.is_cpu and u.dtype is torch.float64 and u.shape == logs.shape)
     functions().sample(
         torch.get_num_threads(), logs.numel(), scores.shape[-1], scores.data_ptr(),
         None if u is None else u.data_ptr(), None if tokens is None else tokens.data_ptr(), logs.data_ptr(),
