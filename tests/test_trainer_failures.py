@@ -1,4 +1,4 @@
-"""Whatever goes wrong with the engine ends in TRL's own generation or in plain rounds, with one warning that says why."""
+"""Whatever goes wrong with the engine ends in TRL's own generation or in plain rounds, and one warning says why."""
 
 import copy
 import json
