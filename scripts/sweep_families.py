@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -121,7 +122,8 @@ def check_fp32(model: PreTrainedModel, outcome: Outcome) -> None:
     rows = prompts()
     try:
         expected = [
-            model.generate(torch.tensor([row]), generation_config=GREEDY)[0, len(row) :].tolist() for row in rows
+            model.generate(torch.tensor([row]), generation_config=GREEDY)[0, len(row) :].tolist()
+            for row in rows  # type: ignore[operator]
         ]
         if not own_logprobs(model, rows[0], expected[0]).isfinite().all():
             raise ValueError("logits that are not finite")
@@ -148,7 +150,7 @@ def check_fp32(model: PreTrainedModel, outcome: Outcome) -> None:
 
 def check_bf16(model: PreTrainedModel, outcome: Outcome) -> None:
     try:
-        engine = SelfSpecEngine(model.to(torch.bfloat16), OPTIONS)
+        engine = SelfSpecEngine(model.bfloat16(), OPTIONS)
         error = float(logprob_errors(model, prompts(), engine.generate(prompts(), SAMPLED, seed=0)).median())
         outcome.bf16 = "runs" if error < BF16_TOLERANCE else "differs"
         outcome.bf16_reason = "" if error < BF16_TOLERANCE else f"log-probabilities by {error:.2g} (median)"
@@ -202,7 +204,7 @@ def run_all(families: Sequence[str], jobs: int) -> list[Outcome]:
     """Each family in a forked process; one that dies or hangs is an outcome too."""
     context = multiprocessing.get_context("fork")
     waiting, outcomes = list(reversed(families)), []
-    running: dict[connection.Connection, tuple[str, multiprocessing.process.BaseProcess, float]] = {}
+    running: dict[connection.Connection, tuple[str, BaseProcess, float]] = {}
     while waiting or running:
         while waiting and len(running) < jobs:
             family = waiting.pop()
