@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -121,10 +122,8 @@ def own_greedy(model: PreTrainedModel, prompt: Sequence[int]) -> list[int]:
 def check_fp32(model: PreTrainedModel, outcome: Outcome) -> None:
     rows = prompts()
     try:
-        expected = [
-            model.generate(torch.tensor([row]), generation_config=GREEDY)[0, len(row) :].tolist()
-            for row in rows  # type: ignore[operator]
-        ]
+        generate: Any = model.generate
+        expected = [generate(torch.tensor([row]), generation_config=GREEDY)[0, len(row) :].tolist() for row in rows]
         if not own_logprobs(model, rows[0], expected[0]).isfinite().all():
             raise ValueError("logits that are not finite")
     except Exception as error:  # noqa: BLE001  foreign model code: whatever it raises, it is not the engine's
