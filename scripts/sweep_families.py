@@ -22,7 +22,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -120,9 +122,8 @@ def own_greedy(model: PreTrainedModel, prompt: Sequence[int]) -> list[int]:
 def check_fp32(model: PreTrainedModel, outcome: Outcome) -> None:
     rows = prompts()
     try:
-        expected = [
-            model.generate(torch.tensor([row]), generation_config=GREEDY)[0, len(row) :].tolist() for row in rows
-        ]
+        generate: Any = model.generate
+        expected = [generate(torch.tensor([row]), generation_config=GREEDY)[0, len(row) :].tolist() for row in rows]
         if not own_logprobs(model, rows[0], expected[0]).isfinite().all():
             raise ValueError("logits that are not finite")
     except Exception as error:  # noqa: BLE001  foreign model code: whatever it raises, it is not the engine's
@@ -148,7 +149,7 @@ def check_fp32(model: PreTrainedModel, outcome: Outcome) -> None:
 
 def check_bf16(model: PreTrainedModel, outcome: Outcome) -> None:
     try:
-        engine = SelfSpecEngine(model.to(torch.bfloat16), OPTIONS)
+        engine = SelfSpecEngine(model.bfloat16(), OPTIONS)
         error = float(logprob_errors(model, prompts(), engine.generate(prompts(), SAMPLED, seed=0)).median())
         outcome.bf16 = "runs" if error < BF16_TOLERANCE else "differs"
         outcome.bf16_reason = "" if error < BF16_TOLERANCE else f"log-probabilities by {error:.2g} (median)"
@@ -202,7 +203,7 @@ def run_all(families: Sequence[str], jobs: int) -> list[Outcome]:
     """Each family in a forked process; one that dies or hangs is an outcome too."""
     context = multiprocessing.get_context("fork")
     waiting, outcomes = list(reversed(families)), []
-    running: dict[connection.Connection, tuple[str, multiprocessing.process.BaseProcess, float]] = {}
+    running: dict[connection.Connection, tuple[str, BaseProcess, float]] = {}
     while waiting or running:
         while waiting and len(running) < jobs:
             family = waiting.pop()

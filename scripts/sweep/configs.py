@@ -205,8 +205,8 @@ def small_config(family: str) -> PretrainedConfig:
     return _small(CONFIG_MAPPING[family], OVERRIDES.get(family, {}))
 
 
-def _small(kind: type[PretrainedConfig], overrides: dict[str, Any]) -> PretrainedConfig:
-    known = {field.name for field in fields(kind)} | set(kind.attribute_map)  # type: ignore[arg-type]
+def _small(kind: Any, overrides: dict[str, Any]) -> PretrainedConfig:
+    known = {field.name for field in fields(kind)} | set(kind.attribute_map)
     try:
         default = kind()
     except (ValueError, TypeError):  # some have none
@@ -227,7 +227,7 @@ def _layer_kinds(default: PretrainedConfig | None, known: set[str], num_layers: 
     """Lists with an entry per layer: all kinds of the default configuration, in their order, over and over."""
     lists = {}
     for name in ("layer_types", "mlp_layer_types", "layers_block_type", "indexer_types"):
-        kinds = list(dict.fromkeys(getattr(default, name, None) or ()))
+        kinds: list[str] = list(dict.fromkeys(getattr(default, name, None) or ()))
         if name not in known or not kinds:
             continue
         if kinds == ["full_attention"] and "sliding_window" in known:
