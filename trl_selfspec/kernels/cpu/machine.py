@@ -18,11 +18,12 @@ class InstructionSet(Enum):
 ANY = 2**62
 # Rows of a dense layer for which our kernel runs; torch's takes more. AVX2: measured, docs/LOG.md. There torch has no
 # instruction for bf16 and its time grows in proportion to the rows; MKL's fp32 product reaches ours at 64 rows. The
-# other two: from times of torch's bf16 product on such a CPU, against half of the AVX2 kernel's time per row.
+# other two are estimates, never timed: with AVX512-BF16 torch's 896 x 4864 takes 0.50, 0.75, 0.78 ms at 1, 8, 16 rows;
+# half of the AVX2 kernel's time there is 0.15, 0.27, 0.56, and a fused layer saves calls besides.
 MAX_ROWS = {
     (InstructionSet.AVX2, torch.bfloat16): ANY,
     (InstructionSet.AVX2, torch.float32): 64,
-    (InstructionSet.AVX512_BF16, torch.bfloat16): 64,
+    (InstructionSet.AVX512_BF16, torch.bfloat16): 32,
     (InstructionSet.AVX512_BF16, torch.float32): 64,
     (InstructionSet.AMX, torch.bfloat16): 16,
     (InstructionSet.AMX, torch.float32): 64,
