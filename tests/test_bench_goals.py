@@ -116,11 +116,7 @@ def test_a_warm_start_needs_caches(tmp_path: Path) -> None:
 def test_vllm_is_skipped_where_it_cannot_run(tmp_path: Path) -> None:
     args = Namespace(tiny=True, out=tmp_path, vllm_python="python")
     why = bench_goals.measure(BY_NAME["7b-vllm"].tiny(), args, tmp_path / "x.json", tmp_path / "x.log")
-    assert (
-        why is not None
-        and why.startswith("skipped: ")
-        and why.endswith("vllm needs a CUDA device; this run is on cpu")
-    )
+    assert why is not None and why.startswith("skipped: ") and "engine vllm: python has no vLLM" in why
 
 
 def test_the_runner_measures_once_and_shows_all_goals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

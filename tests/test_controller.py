@@ -23,6 +23,26 @@ from simulated_machine import (
 from trl_selfspec.controller import Controller
 
 
+def test_a_draft_step_with_a_price_and_a_verification_without_one_are_tried_again() -> None:
+    """The first measurement of a size is warm-up: two draft lengths left the verification without a price."""
+    controller = Controller()
+    controller.begin_rollout()
+    for _ in range(200):
+        controller.choose(2)
+        controller.observe_plain(2, 0.01)
+    for gamma in (1, 2):
+        controller.choose(2)
+        controller.observe_speculative(2, gamma, 0.001 * gamma, 0.01, [2] * gamma, [2] * gamma)
+    lengths = set()
+    for _ in range(200):
+        lengths.add(gamma := controller.choose(2))
+        if gamma:
+            controller.observe_speculative(2, gamma, 0.001 * gamma, 0.01, [2] * gamma, [2] * gamma)
+        else:
+            controller.observe_plain(2, 0.01)
+    assert lengths - {0}
+
+
 @pytest.mark.parametrize("name", WINNING)
 def test_it_comes_within_5_percent_of_the_best_draft_length(name: str) -> None:
     """The best by someone who knows the machine, at each batch size. The first, learning rollout gets 10 %."""

@@ -124,6 +124,8 @@ class Schedule:
     def disable(self, reason: str) -> None:
         self.disabled = True
 
+    give_up = disable
+
     def usual_plain_seconds(self, rows: int) -> None:
         return None
 

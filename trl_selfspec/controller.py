@@ -358,7 +358,7 @@ class Controller:
         if self._entry_s and not self._draft.covers(rows) and self._promises_to_pay(rows, options[0]):
             self._bet = True
             return self._candidates[0]
-        if not self._draft.largest:
+        if len(options) < 2:  # a draft step or a verification has no price yet
             free = self._entry_s == 0 and self._wasted_s <= FREE_PLAIN_ROUNDS * options[0].seconds
             return self._candidates[0] if free or self._affords(0.0) else None
         reach = REACH * max(self._verify_curve(rows).largest, rows)

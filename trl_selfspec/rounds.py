@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trl_selfspec.cache import PagedCache
-from trl_selfspec.graphs import GraphPool, Program
+from trl_selfspec.graphs import CaptureError, GraphPool, Program
 from trl_selfspec.kernels.draws import Outcome, token_logprobs
 from trl_selfspec.law import SamplingLaw
 from trl_selfspec.timing import Clock
@@ -169,6 +169,8 @@ class RoundRunner:
         try:
             for _ in range(gamma):
                 self.graphs.run(drafts, self._draft)
+        except CaptureError:  # the user asked for graphs or an error
+            raise
         except Exception as error:  # any model's own code on quantized layers, kernels, memory
             self.state.forget_drafts()
             raise DraftError(f"{type(error).__name__}: {error}") from error

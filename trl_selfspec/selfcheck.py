@@ -73,14 +73,14 @@ def self_check(mirror: Mirror, policy: nn.Module, context: contextlib.AbstractCo
         mirror.embeddings.device
     )
     try:
-        with context, evaluating(policy):
+        with torch.device(tokens.device), context, evaluating(policy):  # a caller's default device reaches no model
             expected = _compared(_plain_logits(policy, tokens))
     except Exception as error:  # any model's own code runs here
         raise UnsupportedModelError(f"{name} does not run on token ids alone: {error!r}") from error
     if any((logits.isnan() | (logits == torch.inf)).any() for logits in expected):
         raise ValueError(f"{name} gives logits that are not finite; check its weights before generating.")
     try:
-        with context:
+        with torch.device(tokens.device), context:
             noise, logprob_noise = _noise(mirror, tokens)
             actual = _ragged_logits(mirror.model, mirror.num_layers, tokens)
             windowed = _with_short_windows(mirror, tokens)
