@@ -134,17 +134,18 @@ def test_positions_that_are_off_by_one_are_refused(monkeypatch: pytest.MonkeyPat
 def test_a_wrong_share_of_rotary_dimensions_is_refused(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """A replica of a config that lost `partial_rotary_factor` would rotate all of each head."""
     model = tiny_model("gpt_neox", dtype=dtype)
-    make = mirror._meta_tree
+    make = Mirror._complete
 
-    def forgetful(base: PreTrainedModel, attention: str, window: int | None = None) -> PreTrainedModel:
-        tree = make(base, attention, window)
-        if attention == IMPLEMENTATION:
-            rope = tree.base_model.rotary_emb  # type: ignore[union-attr]
-            rope.attention_scaling = 0.0  # type: ignore[union-attr]
-        return tree
+    def forgetful(self: Mirror, tree: PreTrainedModel) -> PreTrainedModel:
+        if tree.config._attn_implementation == IMPLEMENTATION:
+            rotary: Any = tree.base_model.rotary_emb
+            head_dim = tree.config.hidden_size // tree.config.num_attention_heads
+            assert 2 * len(rotary.inv_freq) < head_dim
+            rotary.inv_freq = 10_000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
+        return make(self, tree)
 
     check(model)
-    monkeypatch.setattr(mirror, "_meta_tree", forgetful)
+    monkeypatch.setattr(Mirror, "_complete", forgetful)
     with pytest.raises(UnsupportedModelError, match="next-token distributions"):
         check(model)
 
