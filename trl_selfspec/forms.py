@@ -20,7 +20,7 @@ from trl_selfspec.backends import DEQUANTIZING
 from trl_selfspec.mirror import Mirror, MirrorLinear
 from trl_selfspec.quantize import QuantizedLinear
 from trl_selfspec.stats import RolloutStats
-from trl_selfspec.timing import Clock
+from trl_selfspec.utils import Clock
 
 
 logger = logging.get_logger(__name__)

@@ -13,8 +13,7 @@ from trl_selfspec.kept import KeptRows
 from trl_selfspec.rounds import DraftError, PendingRound, RoundResult, RoundRunner
 from trl_selfspec.scheduler import Request, Scheduler
 from trl_selfspec.stats import PlainComparison, RolloutStats
-from trl_selfspec.timing import Clock
-from trl_selfspec.transfer import to_device
+from trl_selfspec.utils import Clock, to_device
 
 
 logger = logging.getLogger(__name__)

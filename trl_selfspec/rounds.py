@@ -17,8 +17,7 @@ from trl_selfspec.cache import PagedCache
 from trl_selfspec.graphs import CaptureError, GraphPool, Program
 from trl_selfspec.kernels.draws import Outcome, token_logprobs
 from trl_selfspec.law import SamplingLaw
-from trl_selfspec.timing import Clock
-from trl_selfspec.transfer import to_device
+from trl_selfspec.utils import Clock, to_device
 from trl_selfspec.verification import Verification
 
 

@@ -21,7 +21,7 @@ import torch
 
 from trl_selfspec.kernels.cpu import machine
 from trl_selfspec.kernels.cpu.machine import InstructionSet
-from trl_selfspec.kernels.files import cache_directory
+from trl_selfspec.utils import cache_directory
 
 
 logger = logging.getLogger(__name__)
