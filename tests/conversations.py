@@ -6,9 +6,9 @@ import pytest
 from tiny_models import ragged_prompts, spoil
 from transformers import GenerationConfig, PreTrainedModel
 
+from trl_selfspec.control.stats import RolloutStats
 from trl_selfspec.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.stats import RolloutStats
 
 
 PROMPTS = ragged_prompts([9, 1, 20, 3, 14, 6, 2, 11])

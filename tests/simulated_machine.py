@@ -5,8 +5,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from trl_selfspec.controller import Controller
-from trl_selfspec.stats import PlainComparison, RolloutStats
+from trl_selfspec.control.controller import Controller
+from trl_selfspec.control.stats import PlainComparison, RolloutStats
 
 
 Chooser = Callable[[int], int]

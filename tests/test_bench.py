@@ -27,7 +27,7 @@ from bench.workload import (
 from transformers import AutoModelForCausalLM, Qwen2Config
 from trl_runs import make_tokenizer
 
-from trl_selfspec.stats import RolloutStats
+from trl_selfspec.control.stats import RolloutStats
 
 
 ROOT = Path(__file__).parents[1]

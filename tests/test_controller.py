@@ -20,7 +20,7 @@ from simulated_machine import (
     share_of_gpu,
 )
 
-from trl_selfspec.controller import Controller
+from trl_selfspec.control.controller import Controller
 
 
 def test_a_draft_step_with_a_price_and_a_verification_without_one_are_tried_again() -> None:
@@ -104,8 +104,8 @@ def test_exploring_stays_within_its_budget_at_every_moment(name: str) -> None:
 
 def test_an_overdrawn_budget_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control for the test above."""
-    monkeypatch.setattr("trl_selfspec.controller.BUDGET", 1.0)
-    monkeypatch.setattr("trl_selfspec.controller.PROBE_SHARE", 0.2)
+    monkeypatch.setattr("trl_selfspec.control.controller.BUDGET", 1.0)
+    monkeypatch.setattr("trl_selfspec.control.controller.PROBE_SHARE", 0.2)
     with pytest.raises(AssertionError):
         test_exploring_stays_within_its_budget_at_every_moment("draft five times as dear")
 
@@ -168,7 +168,7 @@ def test_one_outlier_does_not_flip_the_gate(share: float, at: int) -> None:
 
 def test_without_the_median_an_outlier_would_flip_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: costs that are the last measurement alone."""
-    monkeypatch.setattr("trl_selfspec.estimates.WINDOW", 1)
+    monkeypatch.setattr("trl_selfspec.control.cost_model.WINDOW", 1)
     with pytest.raises(AssertionError):
         test_outliers_do_not_move_it(WINNING["memory-bound"])
 
@@ -186,8 +186,8 @@ def test_the_gate_does_not_flap() -> None:
 
 def test_without_a_margin_the_gate_would_flap(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control for the test above."""
-    monkeypatch.setattr("trl_selfspec.controller.TOGGLE_MARGIN", 1.0)
-    monkeypatch.setattr("trl_selfspec.controller.CHANGE_MARGIN", 1.0)
+    monkeypatch.setattr("trl_selfspec.control.controller.TOGGLE_MARGIN", 1.0)
+    monkeypatch.setattr("trl_selfspec.control.controller.CHANGE_MARGIN", 1.0)
     with pytest.raises(AssertionError):
         test_the_gate_does_not_flap()
 

@@ -3,8 +3,8 @@
 import pytest
 from simulated_machine import Machine, gpu, share_of_gpu
 
-from trl_selfspec.controller import Controller
-from trl_selfspec.estimates import WINDOW, Acceptance, CostCurve, bucket
+from trl_selfspec.control.controller import Controller
+from trl_selfspec.control.cost_model import WINDOW, Acceptance, CostCurve, bucket
 
 
 def test_the_first_measurement_of_a_size_is_warm_up() -> None:

@@ -18,8 +18,8 @@ from simulated_machine import (
     short_lengths,
 )
 
-from trl_selfspec.controller import Controller
-from trl_selfspec.estimates import CostCurve
+from trl_selfspec.control.controller import Controller
+from trl_selfspec.control.cost_model import CostCurve
 
 
 REQUANTIZE, BUILD = 400.0, 600.0  # milliseconds
@@ -89,7 +89,7 @@ def test_short_rollouts_that_speculation_slows_lose_at_most_2_percent(name: str,
 
 def test_requantizing_off_the_account_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: whoever tries a drafter as soon as there are prices, and every time anew."""
-    monkeypatch.setattr("trl_selfspec.controller.BUDGET", 1.0)
+    monkeypatch.setattr("trl_selfspec.control.controller.BUDGET", 1.0)
     assert run(SHORT_ROLLOUTS, 3)[0] > 1.02
 
 

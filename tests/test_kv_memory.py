@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from trl_selfspec import SelfSpecOptions, memory
 from trl_selfspec.cache import PagedCache
+from trl_selfspec.control.stats import RolloutStats
 from trl_selfspec.engine import SelfSpecEngine
 from trl_selfspec.kept import KeptRows
 from trl_selfspec.memory import MAX_ROWS, KVMemory
 from trl_selfspec.scheduler import Request
-from trl_selfspec.stats import RolloutStats
 
 
 PAGE = 4

@@ -11,7 +11,7 @@ from tiny_models import Schedule, force_page_size, ragged_prompts, spoil, tiny_m
 from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec import SelfSpecEngine, SelfSpecOptions, engine
-from trl_selfspec.controller import Controller
+from trl_selfspec.control.controller import Controller
 from trl_selfspec.engine import RolloutOutput
 from trl_selfspec.graphs import GraphPool
 from trl_selfspec.rollout import Rollout

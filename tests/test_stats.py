@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trl_selfspec.control.stats import PlainComparison, RolloutStats
 from trl_selfspec.options import MAX_DRAFT_LENGTH
-from trl_selfspec.stats import PlainComparison, RolloutStats
 
 
 COUNT = st.integers(0, 2**40)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import SelfSpecConfigMixin, SelfSpecGRPOConfig, SelfSpecRLOOConfig
+    from .control.stats import RolloutStats
     from .engine import SelfSpecEngine
     from .generation import SelfSpecGenerate
     from .mixin import SelfSpecMixin
     from .options import SelfSpecOptions
-    from .stats import RolloutStats
     from .trainer import SelfSpecGRPOTrainer, SelfSpecRLOOTrainer
 
 __version__ = "0.1.0"

@@ -15,7 +15,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec.attention import bind_cache
-from trl_selfspec.controller import Controller
+from trl_selfspec.control.controller import Controller
+from trl_selfspec.control.stats import RolloutStats
 from trl_selfspec.drafter import drafter_bytes, has_live_adapters, make_drafter, requantize
 from trl_selfspec.forms import measured_choice, requantize_seconds
 from trl_selfspec.graphs import CudaCapture, GraphPool
@@ -30,7 +31,6 @@ from trl_selfspec.rollout import Progress, Rollout
 from trl_selfspec.rounds import DraftError, RoundRunner, RowState
 from trl_selfspec.scheduler import Request, Scheduler
 from trl_selfspec.selfcheck import self_check
-from trl_selfspec.stats import RolloutStats
 from trl_selfspec.verification import CoupledVerification, GreedyVerification, RejectionVerification, Verification
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trl_selfspec.controller import Controller
+from trl_selfspec.control.controller import Controller
 from trl_selfspec.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
 

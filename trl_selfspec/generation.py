@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from trl_selfspec.control.stats import RolloutStats
 from trl_selfspec.engine import SelfSpecEngine
-from trl_selfspec.stats import RolloutStats
 
 
 # Arguments of `generate` that change what is drawn, or that would have to be called on the way.

@@ -16,10 +16,10 @@ from transformers.utils import logging
 
 from trl_selfspec.attention import bind_cache
 from trl_selfspec.cache import PagedCache
+from trl_selfspec.control.stats import RolloutStats
 from trl_selfspec.kept import KeptRows
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.scheduler import Request
-from trl_selfspec.stats import RolloutStats
 
 
 logger = logging.get_logger(__name__)

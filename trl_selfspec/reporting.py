@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from trl_selfspec.control.stats import RolloutStats
 from trl_selfspec.rollout import Progress
-from trl_selfspec.stats import RolloutStats
 
 
 @dataclass

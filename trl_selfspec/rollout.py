@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from trl_selfspec.admission import Admission
-from trl_selfspec.controller import Controller
+from trl_selfspec.control.controller import Controller
+from trl_selfspec.control.stats import PlainComparison, RolloutStats
 from trl_selfspec.kept import KeptRows
 from trl_selfspec.rounds import DraftError, PendingRound, RoundResult, RoundRunner
 from trl_selfspec.scheduler import Request, Scheduler
-from trl_selfspec.stats import PlainComparison, RolloutStats
 from trl_selfspec.utils import Clock, to_device
 
 

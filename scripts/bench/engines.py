@@ -14,11 +14,11 @@ from transformers.generation.continuous_batching.utils import WorkloadHints
 from bench.device import Stopwatch
 from bench.vllm_engine import VllmEngine
 from bench.workload import Workload
+from trl_selfspec.control.stats import RolloutStats
 from trl_selfspec.drafter import requantize
 from trl_selfspec.engine import SelfSpecEngine
 from trl_selfspec.kernels.draws import Outcome
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.stats import RolloutStats
 from trl_selfspec.verification import RejectionVerification
 
 

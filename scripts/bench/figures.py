@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bench.workload import Workload
-from trl_selfspec.stats import RolloutStats
+from trl_selfspec.control.stats import RolloutStats
 
 
 OPTIONAL_BYTES = ("kv_bytes", "graph_pool_bytes", "drafter_bytes")  # fields of the stats, where the engine counts them

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from statistics import median_low
 from typing import Any, Literal, NamedTuple
 
-from trl_selfspec.estimates import REACH, Acceptance, CostCurve, bucket, positive
+from trl_selfspec.control.cost_model import REACH, Acceptance, CostCurve, bucket, positive
 from trl_selfspec.options import MAX_DRAFT_LENGTH
 
 

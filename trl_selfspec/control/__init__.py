@@ -1,0 +1,1 @@
+"""How many tokens to draft, from measured prices and live acceptance. Needs no torch."""
