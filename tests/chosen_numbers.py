@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from triton_cases import DEVICE
 
-from trl_selfspec.sampling import Purpose, uniform
+from trl_selfspec.sampling.rng import Purpose, uniform
 
 
 INTERPRETER_WARNINGS = [

@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec.engine import RolloutOutput, SelfSpecEngine
-from trl_selfspec.kernels import draws
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.rejection import Verdict
 from trl_selfspec.rounds import RoundRunner
-from trl_selfspec.sampling import gumbel
+from trl_selfspec.sampling import ops as draws
+from trl_selfspec.sampling.rejection import Verdict
+from trl_selfspec.sampling.rng import gumbel
 
 
 PROMPTS = ragged_prompts([1, 20, 2, 5, 9, 14, 1, 9, 3, 3, 11, 6])

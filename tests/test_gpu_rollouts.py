@@ -9,9 +9,10 @@ from tiny_models import Schedule, ragged_prompts, scale_weights, spoil, tiny_mod
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from trl_selfspec import SelfSpecEngine, SelfSpecOptions, verification
+from trl_selfspec import SelfSpecEngine, SelfSpecOptions
 from trl_selfspec.engine import RolloutOutput
 from trl_selfspec.graphs import CudaCapture
+from trl_selfspec.sampling import samplers as verification
 
 
 pytestmark = pytest.mark.gpu

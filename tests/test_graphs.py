@@ -265,7 +265,7 @@ def test_a_processor_prepared_in_one_rollout_is_captured_in_the_next(model: PreT
 
 
 def _law(model: PreTrainedModel):
-    from trl_selfspec.law import SamplingLaw, effective_generation_config
+    from trl_selfspec.sampling.logits_processing import SamplingLaw, effective_generation_config
 
     config = effective_generation_config(model, GenerationConfig(do_sample=True))
     return SamplingLaw.from_generation_config(model, config, "cpu")

@@ -10,10 +10,10 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec.cache import PagedCache
 from trl_selfspec.engine import SelfSpecEngine
-from trl_selfspec.kernels import draws
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.rejection import Verdict
 from trl_selfspec.rounds import PendingRound, RoundResult, RoundRunner
+from trl_selfspec.sampling import ops as draws
+from trl_selfspec.sampling.rejection import Verdict
 
 
 LENGTHS = [1, 20, 2, 5, 9, 14, 1, 9] * 4

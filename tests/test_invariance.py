@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec.engine import RolloutOutput, SelfSpecEngine
-from trl_selfspec.law import SamplingLaw, effective_generation_config
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.rounds import RoundRunner, RowState
+from trl_selfspec.sampling.logits_processing import SamplingLaw, effective_generation_config
 
 
 PROMPTS = ragged_prompts([1, 20, 2, 5, 9, 14, 1, 9, 3, 3, 11, 6])
@@ -215,7 +215,7 @@ def draw_from_the_global_generator(monkeypatch: pytest.MonkeyPatch) -> None:
         shapes = (tensor.shape for tensor in (rows, positions, torch.as_tensor(purpose)))
         return torch.rand(torch.broadcast_shapes(*shapes), dtype=torch.float64)
 
-    monkeypatch.setattr("trl_selfspec.kernels.draws.uniform", rand)
+    monkeypatch.setattr("trl_selfspec.sampling.ops.uniform", rand)
 
 
 @pytest.mark.parametrize("sabotage", [see_the_neighbours, forget_row_ids, draw_from_the_global_generator])

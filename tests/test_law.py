@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, Qwen2Config, Qwen2ForCausalLM
 
-from trl_selfspec import law as law_module
-from trl_selfspec.law import SamplingLaw, effective_generation_config, unsupported_parameters
+from trl_selfspec.sampling import logits_processing as law_module
+from trl_selfspec.sampling.logits_processing import SamplingLaw, effective_generation_config, unsupported_parameters
 
 
 VOCAB_SIZE = 12

@@ -12,12 +12,13 @@ from tiny_models import tiny_model
 from torch import Tensor
 from transformers import GenerationConfig
 
-from trl_selfspec import SelfSpecEngine, SelfSpecOptions, engine, kernels, memory, verification
-from trl_selfspec.law import SamplingLaw, effective_generation_config
+from trl_selfspec import SelfSpecEngine, SelfSpecOptions, engine, kernels, memory
 from trl_selfspec.mirror import Mirror
 from trl_selfspec.requests import make_requests
 from trl_selfspec.rollout import Rollout
 from trl_selfspec.rounds import Program
+from trl_selfspec.sampling import samplers as verification
+from trl_selfspec.sampling.logits_processing import SamplingLaw, effective_generation_config
 
 
 LAWS = {

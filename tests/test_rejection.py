@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from laws import FALSE_ALARM, chi_square, joint_counts, joint_law, mutant, rejected
 from torch import Tensor
 
-from trl_selfspec import rejection
-from trl_selfspec.rejection import residual, verify_coupled, verify_rejection
-from trl_selfspec.sampling import Purpose, sample_inverse_cdf, uniform
+from trl_selfspec.sampling import rejection
+from trl_selfspec.sampling.rejection import residual, verify_coupled, verify_rejection
+from trl_selfspec.sampling.rng import Purpose, sample_inverse_cdf, uniform
 
 
 VOCAB = 8

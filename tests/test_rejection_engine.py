@@ -16,14 +16,14 @@ from tiny_models import Schedule, spoil, tiny_model
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
-from trl_selfspec import rejection
 from trl_selfspec.engine import RolloutOutput, SelfSpecEngine
-from trl_selfspec.kernels import draws
-from trl_selfspec.kernels.draws import Proposal
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.rounds import RoundRunner
-from trl_selfspec.sampling import Purpose, uniform
-from trl_selfspec.verification import RejectionVerification
+from trl_selfspec.sampling import ops as draws
+from trl_selfspec.sampling import rejection
+from trl_selfspec.sampling.ops import Proposal
+from trl_selfspec.sampling.rng import Purpose, uniform
+from trl_selfspec.sampling.samplers import RejectionVerification
 
 
 VOCAB = 8

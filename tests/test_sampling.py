@@ -11,8 +11,8 @@ from laws import FALSE_ALARM, chi_square, joint_counts, mutant, rejected
 from scipy import stats
 from torch import Tensor
 
-from trl_selfspec import sampling
-from trl_selfspec.sampling import Purpose, gumbel, sample_inverse_cdf, uniform
+from trl_selfspec.sampling import rng as sampling
+from trl_selfspec.sampling.rng import Purpose, gumbel, sample_inverse_cdf, uniform
 
 
 COUNT = 2**19

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from trl_selfspec import kernels
-from trl_selfspec.kernels import draws
 from trl_selfspec.kernels.cpu import build
 from trl_selfspec.kernels.cpu import sampling as cpu
+from trl_selfspec.sampling import ops as draws
 
 
 # Exponentials within 2 ulp; the sums are of doubles.

@@ -28,12 +28,12 @@ from transformers import GenerationConfig
 from triton_cases import ON_GPU
 
 from trl_selfspec import SelfSpecEngine, SelfSpecOptions
-from trl_selfspec.kernels import draws
 from trl_selfspec.kernels.cuda import rejection as triton_rejection
 from trl_selfspec.kernels.cuda import sampling as triton_sampling
-from trl_selfspec.kernels.draws import Memory, Outcome
-from trl_selfspec.sampling import Purpose
-from trl_selfspec.verification import CoupledVerification, GreedyVerification, RejectionVerification
+from trl_selfspec.sampling import ops as draws
+from trl_selfspec.sampling.ops import Memory, Outcome
+from trl_selfspec.sampling.rng import Purpose
+from trl_selfspec.sampling.samplers import CoupledVerification, GreedyVerification, RejectionVerification
 
 
 pytestmark = INTERPRETER_WARNINGS

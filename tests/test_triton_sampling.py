@@ -26,11 +26,11 @@ from chosen_numbers import (
     unmixed,
 )  # fmt: skip
 
-from trl_selfspec import sampling as numbers
 from trl_selfspec.kernels.cuda import sampling as triton_sampling
 from trl_selfspec.kernels.cuda.launch import launch
-from trl_selfspec.rejection import verify_coupled
-from trl_selfspec.sampling import Purpose, gumbel, sample_inverse_cdf, uniform
+from trl_selfspec.sampling import rng as numbers
+from trl_selfspec.sampling.rejection import verify_coupled
+from trl_selfspec.sampling.rng import Purpose, gumbel, sample_inverse_cdf, uniform
 
 
 pytestmark = INTERPRETER_WARNINGS

@@ -21,7 +21,6 @@ from trl_selfspec.drafter import drafter_bytes, has_live_adapters, make_drafter,
 from trl_selfspec.forms import measured_choice, requantize_seconds
 from trl_selfspec.graphs import CudaCapture, GraphPool
 from trl_selfspec.kept import KeptRows
-from trl_selfspec.law import SamplingLaw, effective_generation_config
 from trl_selfspec.memory import KVMemory, kv_bytes_per_token, warn_if_scarce
 from trl_selfspec.mirror import LayoutChangedError, Mirror, UnsupportedModelError
 from trl_selfspec.options import SelfSpecOptions
@@ -29,9 +28,10 @@ from trl_selfspec.quantize import resolve_qtype
 from trl_selfspec.requests import make_requests
 from trl_selfspec.rollout import Progress, Rollout
 from trl_selfspec.rounds import DraftError, RoundRunner, RowState
+from trl_selfspec.sampling.logits_processing import SamplingLaw, effective_generation_config
+from trl_selfspec.sampling.samplers import CoupledVerification, GreedyVerification, RejectionVerification, Verification
 from trl_selfspec.scheduler import Request, Scheduler
 from trl_selfspec.selfcheck import self_check
-from trl_selfspec.verification import CoupledVerification, GreedyVerification, RejectionVerification, Verification
 
 
 __all__ = ["Progress", "RolloutOutput", "SelfSpecEngine", "UnsupportedModelError"]

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 
 from trl_selfspec.adapters import base_model
-from trl_selfspec.law import effective_generation_config, unsupported_parameters
+from trl_selfspec.sampling.logits_processing import effective_generation_config, unsupported_parameters
 
 
 _GENERATE: Any = vars(GenerationMixin)["generate"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from trl_selfspec.law import SamplingLaw
+from trl_selfspec.sampling.logits_processing import SamplingLaw
 
 
 logger = logging.get_logger(__name__)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from trl_selfspec.cache import PagedCache
 from trl_selfspec.graphs import CaptureError, GraphPool, Program
-from trl_selfspec.kernels.draws import Outcome, token_logprobs
-from trl_selfspec.law import SamplingLaw
+from trl_selfspec.sampling.logits_processing import SamplingLaw
+from trl_selfspec.sampling.ops import Outcome, token_logprobs
+from trl_selfspec.sampling.samplers import Verification
 from trl_selfspec.utils import Clock, to_device
-from trl_selfspec.verification import Verification
 
 
 class DraftError(RuntimeError):

@@ -17,9 +17,9 @@ from bench.workload import Workload
 from trl_selfspec.control.stats import RolloutStats
 from trl_selfspec.drafter import requantize
 from trl_selfspec.engine import SelfSpecEngine
-from trl_selfspec.kernels.draws import Outcome
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.verification import RejectionVerification
+from trl_selfspec.sampling.ops import Outcome
+from trl_selfspec.sampling.samplers import RejectionVerification
 
 
 ENGINES = ("stock", "continuous", "vllm", "plain", "selfspec")  # slowest first, roughly: the order of ratios

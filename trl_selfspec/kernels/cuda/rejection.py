@@ -1,4 +1,4 @@
-"""Rejection sampling's verdict in Triton: the rule of `trl_selfspec.rejection.verify_rejection` from scores.
+"""Rejection sampling's verdict in Triton: the rule of `trl_selfspec.sampling.rejection.verify_rejection` from scores.
 
 Four launches. `_measure` passes once over the target's scores; a draft's are kept, with their statistics, from its own
 draw. `_judge` looks at the drafted words only. `_leftover` passes over draft and target once more, at the one position
@@ -27,8 +27,8 @@ from trl_selfspec.kernels.cuda.sampling import (
     uniform,
     weight,
 )
-from trl_selfspec.kernels.draws import Memory
-from trl_selfspec.sampling import Purpose
+from trl_selfspec.sampling.ops import Memory
+from trl_selfspec.sampling.rng import Purpose
 
 
 TOKEN = tl.constexpr(int(Purpose.TOKEN))

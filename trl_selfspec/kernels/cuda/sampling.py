@@ -2,7 +2,7 @@
 
 The vocabulary is cut into chunks of `CHUNK` words, at the same words in every row and batch. `_measure` leaves each
 chunk's maximum and sum of exponentials; one program per row then joins them. Numbers are those of
-`trl_selfspec.sampling`, hashed where they are used.
+`trl_selfspec.sampling.rng`, hashed where they are used.
 
 Exactness: weights and sums of a chunk are fp32, what joins chunks and searches among words is float64, and a chunk's
 words share exactly the mass that the chunk has. So a word, however rare, is drawn with its probability up to a
@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from trl_selfspec.kernels.cuda.launch import launch
-from trl_selfspec.kernels.draws import Memory
-from trl_selfspec.sampling import Purpose
+from trl_selfspec.sampling.ops import Memory
+from trl_selfspec.sampling.rng import Purpose
 
 
 CHUNK = 2048  # words per program: 16 bytes four times per thread, 75 programs per row at 152k words

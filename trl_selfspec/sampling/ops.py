@@ -11,8 +11,8 @@ from torch import Tensor
 
 from trl_selfspec.kernels.cpu import sampling as cpu
 from trl_selfspec.kernels.gpu import runs_triton
-from trl_selfspec.rejection import Verdict, verify_coupled, verify_rejection
-from trl_selfspec.sampling import Purpose, gumbel, sample_inverse_cdf, uniform
+from trl_selfspec.sampling.rejection import Verdict, verify_coupled, verify_rejection
+from trl_selfspec.sampling.rng import Purpose, gumbel, sample_inverse_cdf, uniform
 
 
 class Draw(NamedTuple):

@@ -7,8 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from trl_selfspec.kernels import draws
-from trl_selfspec.kernels.draws import Draw, Memory, Outcome, Proposal
+from trl_selfspec.sampling import ops as draws
+from trl_selfspec.sampling.ops import Draw, Memory, Outcome, Proposal
 
 
 FEWEST_ROWS = 16  # that what drafts leave has room for

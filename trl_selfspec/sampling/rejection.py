@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from trl_selfspec.sampling import sample_inverse_cdf
+from trl_selfspec.sampling.rng import sample_inverse_cdf
 
 
 class Verdict(NamedTuple):
