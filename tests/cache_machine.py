@@ -7,7 +7,7 @@ from hypothesis import Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from trl_selfspec.cache import TRASH_PAGE, PagedCache
+from trl_selfspec.kv_cache.paged_cache import TRASH_PAGE, PagedCache
 
 
 ROWS, CAPACITY, LAYERS, HEADS, HEAD_DIM = 4, 13, 2, 2, 3

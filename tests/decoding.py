@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trl_selfspec.attention import bind_cache
-from trl_selfspec.cache import PagedCache
+from trl_selfspec.kv_cache.attention import bind_cache
+from trl_selfspec.kv_cache.paged_cache import PagedCache
 from trl_selfspec.layers import FastForward
 
 

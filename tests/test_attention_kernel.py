@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trl_selfspec import kernels
-from trl_selfspec.attention import IMPLEMENTATION, bind_cache, selfspec_attention
-from trl_selfspec.cache import PagedCache
+from trl_selfspec.kv_cache.attention import IMPLEMENTATION, bind_cache, selfspec_attention
+from trl_selfspec.kv_cache.paged_cache import PagedCache
 
 
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -9,9 +9,9 @@ from cache_machine import CAPACITY, LAYERS, ROWS, STATEFUL, CacheMachine, assert
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from trl_selfspec.attention import bind_cache, selfspec_attention
-from trl_selfspec.cache import PagedCache
 from trl_selfspec.kernels.cpu import build
+from trl_selfspec.kv_cache.attention import bind_cache, selfspec_attention
+from trl_selfspec.kv_cache.paged_cache import PagedCache
 
 
 TOLERANCE = 1e-5  # fp32 rounding of sums in another order; one key too many or too few is 1e-2 or more

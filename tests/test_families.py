@@ -16,8 +16,8 @@ from sweep_families import FAMILIES, Outcome, check, run_family, small_model, ta
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from trl_selfspec.attention import IMPLEMENTATION, selfspec_attention
 from trl_selfspec.engine import SelfSpecEngine, UnsupportedModelError
+from trl_selfspec.kv_cache.attention import IMPLEMENTATION, selfspec_attention
 from trl_selfspec.memory import kv_bytes_per_token
 from trl_selfspec.mirror import Mirror
 

@@ -10,10 +10,10 @@ from tiny_models import force_page_size, tiny_model
 from transformers import PreTrainedModel
 
 from trl_selfspec import SelfSpecOptions, memory
-from trl_selfspec.cache import PagedCache
 from trl_selfspec.control.stats import RolloutStats
 from trl_selfspec.engine import SelfSpecEngine
-from trl_selfspec.kept import KeptRows
+from trl_selfspec.kv_cache.paged_cache import PagedCache
+from trl_selfspec.kv_cache.prefix_cache import KeptRows
 from trl_selfspec.memory import MAX_ROWS, KVMemory
 from trl_selfspec.scheduler import Request
 

@@ -9,11 +9,11 @@ from tiny_models import tiny_model
 from torch import Tensor, nn
 
 from trl_selfspec import kernels, layers
-from trl_selfspec.attention import bind_cache
-from trl_selfspec.cache import PagedCache
 from trl_selfspec.drafter import make_drafter, requantize
 from trl_selfspec.kernels.cpu import machine
 from trl_selfspec.kernels.cpu.layer import MAX_TOKENS
+from trl_selfspec.kv_cache.attention import bind_cache
+from trl_selfspec.kv_cache.paged_cache import PagedCache
 from trl_selfspec.mirror import Mirror
 
 

@@ -16,8 +16,8 @@ from trl_selfspec import memory
 from trl_selfspec.admission import Admission
 from trl_selfspec.engine import RolloutOutput, SelfSpecEngine
 from trl_selfspec.graphs import GraphPool
-from trl_selfspec.kept import KeptRows
 from trl_selfspec.kernels.cpu import build
+from trl_selfspec.kv_cache.prefix_cache import KeptRows
 from trl_selfspec.rollout import Rollout, Span
 from trl_selfspec.rounds import RowState
 from trl_selfspec.scheduler import Request, Scheduler

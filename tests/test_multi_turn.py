@@ -10,9 +10,9 @@ from tiny_models import Schedule, force_page_size, ragged_prompts, tiny_model
 from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec import rollout
-from trl_selfspec.cache import PagedCache
 from trl_selfspec.engine import SelfSpecEngine
-from trl_selfspec.kept import KeptRows, Tokens
+from trl_selfspec.kv_cache.paged_cache import PagedCache
+from trl_selfspec.kv_cache.prefix_cache import KeptRows, Tokens
 from trl_selfspec.rounds import RoundRunner
 
 

@@ -3,7 +3,7 @@
 import pytest
 from cache_machine import CAPACITY, LAYERS, ROWS, STATEFUL, CacheMachine, assert_noticed
 
-from trl_selfspec.cache import PagedCache
+from trl_selfspec.kv_cache.paged_cache import PagedCache
 
 
 class FewPages(CacheMachine):

@@ -16,7 +16,7 @@ from transformers.integrations.neftune import activate_neftune
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trl_selfspec import SelfSpecEngine, SelfSpecOptions, mirror, selfcheck
-from trl_selfspec.attention import IMPLEMENTATION, selfspec_attention
+from trl_selfspec.kv_cache.attention import IMPLEMENTATION, selfspec_attention
 from trl_selfspec.mirror import Mirror, UnsupportedModelError
 from trl_selfspec.selfcheck import Calibration, self_check
 

@@ -20,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_runs import ALWAYS_SPECULATE, FP32_LOGP_TOLERANCE, Recorder, make_trainer, module_state, train, weights
 
 from trl_selfspec import SelfSpecGRPOTrainer
-from trl_selfspec.kept import KeptRows, Tokens
+from trl_selfspec.kv_cache.prefix_cache import KeptRows, Tokens
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using '(rollout_func|environment_factory)':UserWarning")

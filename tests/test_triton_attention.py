@@ -9,9 +9,9 @@ from torch import Tensor
 from triton_cases import BF16, DEVICE, FP16, FP32
 
 from trl_selfspec import kernels
-from trl_selfspec.attention import _eager_attention, selfspec_attention
-from trl_selfspec.cache import PagedCache
 from trl_selfspec.kernels import gpu
+from trl_selfspec.kv_cache.attention import _eager_attention, selfspec_attention
+from trl_selfspec.kv_cache.paged_cache import PagedCache
 
 
 # The interpreter's way to a loop's bounds.

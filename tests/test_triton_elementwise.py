@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 from triton_cases import BF16, DEVICE, FP16, FP32
 
-from trl_selfspec.cache import PagedCache
 from trl_selfspec.kernels import elementwise
 from trl_selfspec.kernels.norm import FastRMSNorm
+from trl_selfspec.kv_cache.paged_cache import PagedCache
 
 
 # fp32 sums in another order and other exponentials: a last bit here and there, which in 16 bits few results show.

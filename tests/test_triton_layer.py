@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from triton_cases import BF16, DEVICE, FP16, FP32, forced
 
-from trl_selfspec.attention import _causal_attention, bind_cache
-from trl_selfspec.cache import PagedCache
 from trl_selfspec.kernels import elementwise, gpu, gpu_layer
 from trl_selfspec.kernels.gpu_layer import GpuDecoderLayer, JoinedLinear, _joined
 from trl_selfspec.kernels.norm import FastRMSNorm
+from trl_selfspec.kv_cache.attention import _causal_attention, bind_cache
+from trl_selfspec.kv_cache.paged_cache import PagedCache
 from trl_selfspec.mirror import Mirror, MirrorLinear
 
 

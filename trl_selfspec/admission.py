@@ -1,7 +1,7 @@
 """Which waiting request still fits into the pages that are free."""
 
-from trl_selfspec.cache import PagedCache
-from trl_selfspec.kept import KeptRows
+from trl_selfspec.kv_cache.paged_cache import PagedCache
+from trl_selfspec.kv_cache.prefix_cache import KeptRows
 from trl_selfspec.scheduler import Request, Scheduler
 
 

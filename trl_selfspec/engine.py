@@ -14,13 +14,13 @@ from typing import Literal
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from trl_selfspec.attention import bind_cache
 from trl_selfspec.control.controller import Controller
 from trl_selfspec.control.stats import RolloutStats
 from trl_selfspec.drafter import drafter_bytes, has_live_adapters, make_drafter, requantize
 from trl_selfspec.forms import measured_choice, requantize_seconds
 from trl_selfspec.graphs import CudaCapture, GraphPool
-from trl_selfspec.kept import KeptRows
+from trl_selfspec.kv_cache.attention import bind_cache
+from trl_selfspec.kv_cache.prefix_cache import KeptRows
 from trl_selfspec.memory import KVMemory, kv_bytes_per_token, warn_if_scarce
 from trl_selfspec.mirror import LayoutChangedError, Mirror, UnsupportedModelError
 from trl_selfspec.options import SelfSpecOptions

@@ -12,8 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from trl_selfspec.cache import PagedCache
 from trl_selfspec.kernels import DecoderLayer, DecoderParts, FastRMSNorm, gpu, prepare_decoder_layer
+from trl_selfspec.kv_cache.paged_cache import PagedCache
 
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from trl_selfspec.admission import Admission
 from trl_selfspec.control.controller import Controller
 from trl_selfspec.control.stats import PlainComparison, RolloutStats
-from trl_selfspec.kept import KeptRows
+from trl_selfspec.kv_cache.prefix_cache import KeptRows
 from trl_selfspec.rounds import DraftError, PendingRound, RoundResult, RoundRunner
 from trl_selfspec.scheduler import Request, Scheduler
 from trl_selfspec.utils import Clock, to_device

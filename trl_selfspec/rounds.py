@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trl_selfspec.cache import PagedCache
 from trl_selfspec.graphs import CaptureError, GraphPool, Program
+from trl_selfspec.kv_cache.paged_cache import PagedCache
 from trl_selfspec.sampling.logits_processing import SamplingLaw
 from trl_selfspec.sampling.ops import Outcome, token_logprobs
 from trl_selfspec.sampling.samplers import Verification

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trl_selfspec.attention import bind_cache
-from trl_selfspec.cache import PagedCache
+from trl_selfspec.kv_cache.attention import bind_cache
+from trl_selfspec.kv_cache.paged_cache import PagedCache
 from trl_selfspec.mirror import Mirror, UnsupportedModelError
 
 

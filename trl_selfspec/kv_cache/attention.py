@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trl_selfspec import kernels
-from trl_selfspec.cache import PagedCache
+from trl_selfspec.kv_cache.paged_cache import PagedCache
 
 
 IMPLEMENTATION = "selfspec"

@@ -7,7 +7,7 @@ Kept rows cost no memory: they lie in rows that no request needs, and give way a
 from bisect import bisect_left
 from collections.abc import Container, Iterable, Sequence
 
-from trl_selfspec.cache import PagedCache
+from trl_selfspec.kv_cache.paged_cache import PagedCache
 
 
 Tokens = tuple[int, ...]
