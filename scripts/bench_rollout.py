@@ -32,7 +32,7 @@ from bench.plot import plot
 from bench.vllm_engine import VllmEngine, check_vllm
 from bench.workload import LENGTH_PROFILES, PRESETS, Workload, load_model, make_workload
 
-from trl_selfspec.kernels.gpu import errors
+from trl_selfspec.kernels.triton_support import errors
 from trl_selfspec.options import SelfSpecOptions
 
 

@@ -22,7 +22,7 @@ FLOORS = tuple(
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 LOWEST_FLOOR = {"optimum": 1, "transformers": 2, "peft": 2, "accelerate": 3, "datasets": 3, "trl": 3}
 KERNEL_ONLY = {"triton", "humming"}
-TRITON_MODULES = "trl_selfspec.kernels.cuda."  # import triton when they are imported, which is therefore done late
+TRITON_MODULES = "trl_selfspec.kernels.triton."  # import triton when they are imported, which is therefore done late
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 
 
@@ -97,9 +97,9 @@ def test_floors_import_only_downward(path: Path) -> None:
         ("engine.py", "from trl.trainer import grpo_trainer", "of floor 3"),
         ("rounds.py", "def f():\n    import triton", "only kernels/ may"),
         ("kernels/gpu.py", "try:\n    import triton.language as tl\nexcept ImportError:\n    tl = None", "eagerly"),
-        ("kernels/gpu.py", "from trl_selfspec.kernels.cuda import attention", "eagerly"),
+        ("kernels/gpu.py", "from trl_selfspec.kernels.triton import attention", "eagerly"),
         ("kernels/gpu.py", "from .cuda.attention import attend", "eagerly"),
-        ("attention.py", "def f():\n    from trl_selfspec.kernels.cuda import attention", "only kernels/ may"),
+        ("attention.py", "def f():\n    from trl_selfspec.kernels.triton import attention", "only kernels/ may"),
         ("novel.py", "", "belongs to no floor"),
     ],
 )
@@ -112,7 +112,7 @@ def test_allowed_imports_pass() -> None:
     """The rule must not push authors into workarounds."""
     source = "import torch\nfrom ..options import SelfSpecOptions\nfrom .twin import f\ndef g():\n    import triton"
     assert _violations(PACKAGE / "kernels/gpu.py", source) == []
-    assert _violations(PACKAGE / "kernels/cuda/novel.py", "import triton\nimport triton.language as tl") == []
+    assert _violations(PACKAGE / "kernels/triton/novel.py", "import triton\nimport triton.language as tl") == []
 
 
 def test_importing_the_package_is_cheap() -> None:

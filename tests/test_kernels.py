@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trl_selfspec import kernels
-from trl_selfspec.kernels import dispatch, int4
+from trl_selfspec.kernels import int4
+from trl_selfspec.kernels import linear as dispatch
 from trl_selfspec.kernels.cpu import build, machine
 from trl_selfspec.kernels.cpu import linear as cpu
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from triton_cases import BF16, DEVICE, FP16, FP32
 
 from trl_selfspec import kernels
-from trl_selfspec.kernels import gpu
+from trl_selfspec.kernels import triton_support as gpu
 from trl_selfspec.kv_cache.attention import _eager_attention, selfspec_attention
 from trl_selfspec.kv_cache.paged_cache import PagedCache
 
@@ -28,7 +28,7 @@ def _inference():
 
 @pytest.fixture
 def triton_attention() -> ModuleType:
-    from trl_selfspec.kernels.cuda import attention as triton_attention
+    from trl_selfspec.kernels.triton import attention as triton_attention
 
     return triton_attention
 
@@ -85,7 +85,7 @@ class Case:
         return self.randn(len(self.positions), self.steps, heads, dim).to(self.dtype).transpose(1, 2)
 
     def kernel(self, rows: slice = slice(None), **kwargs) -> Tensor:
-        from trl_selfspec.kernels.cuda.attention import attend
+        from trl_selfspec.kernels.triton.attention import attend
 
         kwargs = {"num_slots": self.num_slots, "scale": self.dim**-0.5, **kwargs}
         table, positions = self.cache.table[rows], self.positions[rows]

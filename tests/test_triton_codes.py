@@ -66,7 +66,7 @@ WORDS = [struct.unpack("<I", bytes((i, 255 - i, (i + 77) % 256, (i * 3) % 256)))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_nibbles(dtype: torch.dtype):
     """Negative control: the offset of the other dtype."""
-    from trl_selfspec.kernels.cuda import codes
+    from trl_selfspec.kernels.triton import code_conversion as codes
 
     program = codes.BF16_NIBBLES if dtype is torch.bfloat16 else codes.FP16_NIBBLES
     offset = 128 if dtype is torch.bfloat16 else 1024
@@ -82,7 +82,7 @@ def test_nibbles(dtype: torch.dtype):
 @pytest.mark.parametrize("code", [torch.int8, torch.float8_e4m3fn])
 def test_8bit_codes(dtype: torch.dtype, code: torch.dtype):
     """Every code, subnormal fp8 and -128 among them. Negative control: bytes in another order."""
-    from trl_selfspec.kernels.cuda import codes
+    from trl_selfspec.kernels.triton import code_conversion as codes
 
     programs = {
         (torch.int8, torch.bfloat16): codes.INT8_TO_BF16,

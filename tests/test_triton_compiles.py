@@ -40,8 +40,8 @@ def told(binary, *command):
 TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 """
 ATTENTION = """
-from trl_selfspec.kernels.cuda.attention import SPLIT, COMBINED, _attend_split, _combine, _write_slot, num_warps
-from trl_selfspec.kernels.cuda.attention import tiling
+from trl_selfspec.kernels.triton.attention import SPLIT, COMBINED, _attend_split, _combine, _write_slot, num_warps
+from trl_selfspec.kernels.triton.attention import tiling
 
 dtype, dim, queries = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 state, itemsize = "*" + dtype, 4 if dtype == "fp32" else 2
@@ -59,8 +59,8 @@ pointers = {"key": state, "value": state, "addresses": "*i64", "write_index": "*
 compiled(_write_slot, pointers, sizes | {"PADDED_HEADS": 4, "DTYPE": TYPES[dtype]})
 """
 SAMPLING = """
-from trl_selfspec.kernels.cuda import rejection, sampling
-from trl_selfspec.kernels.cuda.sampling import BEST, BEST_WITH_NOISE, CHUNK, NO_WORD, NUM_WARPS, padded
+from trl_selfspec.kernels.triton import rejection, sampling
+from trl_selfspec.kernels.triton.sampling import BEST, BEST_WITH_NOISE, CHUNK, NO_WORD, NUM_WARPS, padded
 
 scores, steps = "*" + sys.argv[2], padded(6)
 types = {"scores": scores, "kept": scores, "draft_scores": scores, "words": "*i32", "remark": "*i1"}
@@ -88,7 +88,7 @@ check(rejection._leftover, {}, 2, num_warps=NUM_WARPS)
 check(rejection._recover, {}, 2, num_warps=8)
 """
 ELEMENTWISE = """
-from trl_selfspec.kernels.cuda import elementwise
+from trl_selfspec.kernels.triton import elementwise
 
 dtype, hidden_dtype, dim = sys.argv[2], sys.argv[3], int(sys.argv[4])
 x, hidden = "*" + dtype, "*" + hidden_dtype
@@ -113,12 +113,12 @@ SPECIALISED = """
 from importlib import import_module
 
 for module in ("attention", "codes", "elementwise", "linear", "quantize", "rejection", "sampling"):
-    for kernel in vars(import_module(f"trl_selfspec.kernels.cuda.{module}")).values():
+    for kernel in vars(import_module(f"trl_selfspec.kernels.triton.{module}")).values():
         if isinstance(kernel, triton.JITFunction) and "program_id(0)" in kernel.src:
             print(*(p.name for p in kernel.params if not p.is_constexpr and not p.do_not_specialize))
 """
 UNALIGNED = """
-from trl_selfspec.kernels.cuda import attention
+from trl_selfspec.kernels.triton import attention
 
 @triton.jit
 def storage(addresses, which: tl.constexpr, DTYPE: tl.constexpr):
@@ -127,7 +127,7 @@ def storage(addresses, which: tl.constexpr, DTYPE: tl.constexpr):
 attention.storage = storage
 """
 LINEAR = """
-from trl_selfspec.kernels.cuda.linear import NUM_WARPS, STAGES, _linear_8bit, _linear_int4, num_splits, tiling
+from trl_selfspec.kernels.triton.linear import NUM_WARPS, STAGES, _linear_8bit, _linear_int4, num_splits, tiling
 
 def compiled_linear(kernel, dtype, n, k, rows, weights, warps=NUM_WARPS, **constants):
     splits = num_splits(n, k // 128)
@@ -166,7 +166,7 @@ for rows in map(int, sys.argv[2].split()):
         print("loop", longest_loop(binary) * 32 * warps / step)
 """
 QUANTIZE = """
-from trl_selfspec.kernels.cuda.quantize import BYTES_AT_ONCE, COLUMNS_AT_ONCE, _quantize_4bit, _quantize_8bit
+from trl_selfspec.kernels.triton.quantize import BYTES_AT_ONCE, COLUMNS_AT_ONCE, _quantize_4bit, _quantize_8bit
 
 source, dtype = sys.argv[2:4]
 constants = {"SIZE": 128, "BYTES": 64, "GROUPS": BYTES_AT_ONCE // 64, "WHOLE": True}

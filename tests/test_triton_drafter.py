@@ -18,7 +18,7 @@ from trl_selfspec.drafter import (
     requantize,
 )
 from trl_selfspec.engine import SelfSpecEngine
-from trl_selfspec.kernels import gpu
+from trl_selfspec.kernels import triton_support as gpu
 from trl_selfspec.mirror import Mirror
 from trl_selfspec.options import SelfSpecOptions
 

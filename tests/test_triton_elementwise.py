@@ -22,7 +22,7 @@ def _inference():
 
 @pytest.fixture
 def triton_elementwise():
-    from trl_selfspec.kernels.cuda import elementwise
+    from trl_selfspec.kernels.triton import elementwise
 
     return elementwise
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from triton_cases import BF16, DEVICE, FP16, FP32, forced
 
-from trl_selfspec.kernels import elementwise, gpu, gpu_layer
+from trl_selfspec.kernels import elementwise, gpu_layer
+from trl_selfspec.kernels import triton_support as gpu
 from trl_selfspec.kernels.gpu_layer import GpuDecoderLayer, JoinedLinear, _joined
 from trl_selfspec.kernels.norm import FastRMSNorm
 from trl_selfspec.kv_cache.attention import _causal_attention, bind_cache
@@ -168,7 +169,7 @@ def test_other_layers_keep_their_modules(family: str, overrides: dict) -> None:
 @pytest.mark.parametrize("broken", ["silu_mul", "rotate_and_write", "add_rms_norm"])
 def test_a_kernel_that_goes_wrong_is_not_used(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A trial that ran the twin alone would not see what the compiler made of the kernels."""
-    from trl_selfspec.kernels.cuda import elementwise as triton_elementwise
+    from trl_selfspec.kernels.triton import elementwise as triton_elementwise
 
     original = getattr(triton_elementwise, broken)
 
@@ -195,7 +196,7 @@ def test_a_twin_that_rounds_elsewhere_is_noticed(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("autocast_dtype", [None, FP16])
 def test_a_step_is_few_launches(autocast_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """One kernel between products; a layer's last sum goes with the next norm, also with the one before the head."""
-    from trl_selfspec.kernels.cuda import elementwise as triton_elementwise
+    from trl_selfspec.kernels.triton import elementwise as triton_elementwise
 
     mirror = Mirror(policy("llama"), autocast_dtype)
     launches: Counter[str] = Counter()
@@ -246,7 +247,7 @@ def test_a_norm_in_advance_is_that_of_the_very_tensor() -> None:
 
 def test_a_kernel_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Layers that run module by module take twice as long, and nothing else would tell why."""
-    from trl_selfspec.kernels.cuda import elementwise as kernels
+    from trl_selfspec.kernels.triton import elementwise as kernels
 
     def broken(*args) -> None:
         raise RuntimeError("out of resources")

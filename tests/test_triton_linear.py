@@ -22,7 +22,7 @@ RESULT_RELATIVE = {FP32: 2e-6, FP16: 2**-10, torch.bfloat16: 2**-7}
 
 @pytest.fixture
 def triton_linear() -> ModuleType:
-    from trl_selfspec.kernels.cuda import linear
+    from trl_selfspec.kernels.triton import linear
 
     return linear
 
@@ -39,7 +39,7 @@ class Int4:
         self.n, self.k, self.dtype = n, k, dtype
 
     def __call__(self, x: Tensor) -> Tensor:
-        from trl_selfspec.kernels.cuda import linear
+        from trl_selfspec.kernels.triton import linear
 
         counters = linear.make_counters(self.n, x.device)
         y = linear.linear_int4(x, self.packed, self.scale_shift, self.bias, counters)
@@ -72,7 +72,7 @@ class EightBit(Int4):
         self.n, self.k, self.dtype = n, k, dtype
 
     def __call__(self, x: Tensor) -> Tensor:
-        from trl_selfspec.kernels.cuda import linear
+        from trl_selfspec.kernels.triton import linear
 
         counters = linear.make_counters(self.n, x.device)
         y = linear.linear_8bit(x, self.codes, self.scale, self.bias, counters)

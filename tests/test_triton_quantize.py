@@ -20,7 +20,7 @@ pytestmark = [
 
 def quantize_4bit(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Storages that the kernel filled, on the CPU."""
-    from trl_selfspec.kernels.cuda import quantize
+    from trl_selfspec.kernels.triton import quantize
 
     n, k = weight.shape
     group_size = quanto_group_size(k) or -(-k // 32) * 32
@@ -37,7 +37,7 @@ def twin_4bit(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def quantize_8bit(weight: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    from trl_selfspec.kernels.cuda import quantize
+    from trl_selfspec.kernels.triton import quantize
 
     code_dtype = torch.int8 if qtype == "qint8" else torch.float8_e4m3fn
     codes = torch.full(weight.shape, 0x11, dtype=torch.uint8, device=DEVICE).view(code_dtype)
@@ -146,7 +146,7 @@ def test_real_shapes(n: int, k: int, dtype: torch.dtype):
     packed = torch.empty(n, k // 2, dtype=torch.uint8, device="cuda")
     scale_shift = torch.empty(n, k // 128, 2, dtype=dtype, device="cuda")
     codes, scale = torch.empty(n, k, dtype=torch.int8, device="cuda"), torch.empty(n, 1, dtype=dtype, device="cuda")
-    from trl_selfspec.kernels.cuda import quantize
+    from trl_selfspec.kernels.triton import quantize
 
     quantize.quantize_4bit(weight, packed, scale_shift)
     quantize.quantize_8bit(weight, codes, scale)

@@ -28,8 +28,8 @@ from transformers import GenerationConfig
 from triton_cases import ON_GPU
 
 from trl_selfspec import SelfSpecEngine, SelfSpecOptions
-from trl_selfspec.kernels.cuda import rejection as triton_rejection
-from trl_selfspec.kernels.cuda import sampling as triton_sampling
+from trl_selfspec.kernels.triton import rejection as triton_rejection
+from trl_selfspec.kernels.triton import sampling as triton_sampling
 from trl_selfspec.sampling import ops as draws
 from trl_selfspec.sampling.ops import Memory, Outcome
 from trl_selfspec.sampling.rng import Purpose

@@ -26,8 +26,8 @@ from chosen_numbers import (
     unmixed,
 )  # fmt: skip
 
-from trl_selfspec.kernels.cuda import sampling as triton_sampling
-from trl_selfspec.kernels.cuda.launch import launch
+from trl_selfspec.kernels.triton import sampling as triton_sampling
+from trl_selfspec.kernels.triton.launch import launch
 from trl_selfspec.sampling import rng as numbers
 from trl_selfspec.sampling.rejection import verify_coupled
 from trl_selfspec.sampling.rng import Purpose, gumbel, sample_inverse_cdf, uniform

@@ -5,7 +5,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from trl_selfspec.kernels import gpu
+from trl_selfspec.kernels import triton_support as gpu
 
 
 def version(module: ModuleType) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from trl_selfspec import kernels
 from trl_selfspec.choosing import measured
 from trl_selfspec.kernels import humming, int4, quantized
-from trl_selfspec.kernels.gpu import runs_triton
+from trl_selfspec.kernels.triton_support import runs_triton
 
 
 if TYPE_CHECKING:

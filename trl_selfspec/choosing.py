@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trl_selfspec.kernels.gpu import errors
+from trl_selfspec.kernels.triton_support import errors
 from trl_selfspec.utils import cache_directory
 
 

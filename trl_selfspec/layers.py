@@ -12,7 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from trl_selfspec.kernels import DecoderLayer, DecoderParts, FastRMSNorm, gpu, prepare_decoder_layer
+from trl_selfspec.kernels import DecoderLayer, DecoderParts, FastRMSNorm, prepare_decoder_layer
+from trl_selfspec.kernels import triton_support as gpu
 from trl_selfspec.kv_cache.paged_cache import PagedCache
 
 

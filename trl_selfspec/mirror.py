@@ -24,7 +24,8 @@ from trl_selfspec.adapters import (
     is_quantized,
     is_sharded,
 )
-from trl_selfspec.kernels import PreparedLinear, fast_norm, gpu, prepare_linear
+from trl_selfspec.kernels import PreparedLinear, fast_norm, prepare_linear
+from trl_selfspec.kernels import triton_support as gpu
 from trl_selfspec.kv_cache.attention import IMPLEMENTATION
 from trl_selfspec.layers import computing_the_same, joinable_projections, use_fast_forwards
 from trl_selfspec.sharding import fingerprint, gathered_partitions

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trl_selfspec import kernels
 from trl_selfspec.backends import Backend, choose_backend, has_fast_int4, own_int4
 from trl_selfspec.kernels import int4, quantized
-from trl_selfspec.kernels.gpu import runs_triton
+from trl_selfspec.kernels.triton_support import runs_triton
 
 
 QTYPES = ("qint4", "qint8", "qfloat8")

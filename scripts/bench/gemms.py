@@ -16,7 +16,7 @@ from bench.report import spread
 from bench.workload import preset_config
 from trl_selfspec import backends
 from trl_selfspec.backends import Backend
-from trl_selfspec.kernels.gpu import errors
+from trl_selfspec.kernels.triton_support import errors
 from trl_selfspec.quantize import QTYPES, QuantizedLinear
 
 

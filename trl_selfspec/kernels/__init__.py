@@ -8,10 +8,10 @@ from trl_selfspec.kernels.attention import can_attend_on_gpu, write_and_attend_o
 from trl_selfspec.kernels.cpu.attention import can_attend, write_and_attend
 from trl_selfspec.kernels.cpu.build import available
 from trl_selfspec.kernels.cpu.linear import PreparedLinear, linear_int4
-from trl_selfspec.kernels.dispatch import linear, prepare_linear
 from trl_selfspec.kernels.layer import DecoderLayer, prepare_decoder_layer
+from trl_selfspec.kernels.layer_interface import DecoderParts
+from trl_selfspec.kernels.linear import linear, prepare_linear
 from trl_selfspec.kernels.norm import FastRMSNorm, fast_norm
-from trl_selfspec.kernels.parts import DecoderParts
 
 
 __all__ = [

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from trl_selfspec.kernels import gpu
-from trl_selfspec.kernels.parts import Pages
+from trl_selfspec.kernels import triton_support as gpu
+from trl_selfspec.kernels.layer_interface import Pages
 
 
 MAX_STEPS = 17  # a token and a draft of 16
@@ -32,7 +32,7 @@ def write_and_attend_on_gpu(
     sinks: Tensor | None = None,  # (H,): one logit per head that takes probability and gives no value
 ) -> Tensor:  # (B, T, H, Dv), dtype of the pages
     """Writes the states, then attends: a query at position p sees slots max(0, p - window + 1)..p of its row."""
-    from trl_selfspec.kernels.cuda import attention
+    from trl_selfspec.kernels.triton import attention
 
     attention.write(key, value, pages.keys, pages.values, pages.addresses, pages.owner.write_index)
     return attend_on_gpu(query, pages, scale, window, softcap, sinks)
@@ -47,7 +47,7 @@ def attend_on_gpu(
     sinks: Tensor | None = None,  # (H,)
 ) -> Tensor:  # (B, T, H, Dv), dtype of the pages
     """Attends to states that have been written."""
-    from trl_selfspec.kernels.cuda import attention
+    from trl_selfspec.kernels.triton import attention
 
     step = pages.owner
     storage, query = (pages.keys, pages.values, pages.addresses), query.to(pages.keys.dtype)

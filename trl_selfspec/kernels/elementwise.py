@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trl_selfspec.kernels.layer_interface import Pages
 from trl_selfspec.kernels.norm import FastRMSNorm
-from trl_selfspec.kernels.parts import Pages
 
 
 def add_rms_norm(

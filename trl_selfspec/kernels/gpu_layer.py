@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from trl_selfspec.kernels import elementwise, gpu
+from trl_selfspec.kernels import elementwise
+from trl_selfspec.kernels import triton_support as gpu
 from trl_selfspec.kernels.attention import MAX_DIM, attend_on_gpu, can_attend_on_gpu
+from trl_selfspec.kernels.layer_interface import DecoderParts, Linear, Pages
 from trl_selfspec.kernels.norm import MAX_GPU_SIZE, FastRMSNorm
-from trl_selfspec.kernels.parts import DecoderParts, Linear, Pages
 
 
 class GpuDecoderLayer:
     """The steps of a layer. Tensors of its parts may be re-pointed, not replaced."""
 
     def __init__(self, parts: DecoderParts) -> None:
-        from trl_selfspec.kernels.cuda import elementwise as triton_elementwise
+        from trl_selfspec.kernels.triton import elementwise as triton_elementwise
 
         self.parts, self._kernels = parts, triton_elementwise
         self._qkv, self._gate_up = JoinedLinear(parts.linears[:3]), JoinedLinear(parts.linears[4:6])

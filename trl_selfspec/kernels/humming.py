@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trl_selfspec.kernels import int4
-from trl_selfspec.kernels.gpu import AMPERE
+from trl_selfspec.kernels.triton_support import AMPERE
 
 
 DTYPES = (torch.bfloat16, torch.float16)

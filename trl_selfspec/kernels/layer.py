@@ -6,11 +6,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from trl_selfspec.kernels import gpu
+from trl_selfspec.kernels import triton_support as gpu
 from trl_selfspec.kernels.cpu.layer import CpuDecoderLayer
 from trl_selfspec.kernels.gpu_layer import GpuDecoderLayer
+from trl_selfspec.kernels.layer_interface import DecoderParts, Pages
 from trl_selfspec.kernels.norm import FastRMSNorm
-from trl_selfspec.kernels.parts import DecoderParts, Pages
 
 
 class DecoderLayer(Protocol):

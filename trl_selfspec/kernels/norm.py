@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from trl_selfspec.kernels import gpu
+from trl_selfspec.kernels import triton_support as gpu
 from trl_selfspec.kernels.cpu import norm as cpu
 
 
@@ -89,7 +89,7 @@ def fast_norm(module: nn.Module) -> FastRMSNorm | None:
 def _kernel(weight: Tensor) -> tuple[Compute, tuple[torch.dtype, ...]] | None:
     """What computes the norm on this device, and of which inputs."""
     if gpu.runs_triton(weight.device):
-        from trl_selfspec.kernels.cuda import elementwise
+        from trl_selfspec.kernels.triton import elementwise
 
         return (
             (elementwise.rms_norm, gpu.DTYPES) if len(weight) <= MAX_GPU_SIZE and weight.dtype in gpu.DTYPES else None

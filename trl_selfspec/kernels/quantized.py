@@ -10,7 +10,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 def counters_on_gpu(n: int, device: torch.device) -> Tensor:
     """What a layer with `n` outputs needs besides its weights."""
-    from trl_selfspec.kernels.cuda import linear
+    from trl_selfspec.kernels.triton import linear
 
     return linear.make_counters(n, device)
 
@@ -22,7 +22,7 @@ def linear_int4_on_gpu(
     bias: Tensor | None,  # (N,)
     counters: Tensor,
 ) -> Tensor:  # (M, N), dtype of x
-    from trl_selfspec.kernels.cuda import linear
+    from trl_selfspec.kernels.triton import linear
 
     return linear.linear_int4(x, packed, scale_shift, bias, counters)
 
@@ -34,7 +34,7 @@ def linear_8bit_on_gpu(
     bias: Tensor | None,  # (N,)
     counters: Tensor,
 ) -> Tensor:  # (M, N), dtype of x
-    from trl_selfspec.kernels.cuda import linear
+    from trl_selfspec.kernels.triton import linear
 
     return linear.linear_8bit(x, codes, scale, bias, counters)
 
@@ -49,7 +49,7 @@ def quantize_4bit_on_gpu(
     packed: Tensor,  # (N, groups * group_size / 2) uint8, filled
     scale_shift: Tensor,  # (N, groups, 2), filled
 ) -> None:
-    from trl_selfspec.kernels.cuda import quantize
+    from trl_selfspec.kernels.triton import quantize
 
     quantize.quantize_4bit(weight, packed, scale_shift)
 
@@ -59,6 +59,6 @@ def quantize_8bit_on_gpu(
     codes: Tensor,  # (N, K) int8 or float8_e4m3fn, filled
     scale: Tensor,  # (N, 1), filled
 ) -> None:
-    from trl_selfspec.kernels.cuda import quantize
+    from trl_selfspec.kernels.triton import quantize
 
     quantize.quantize_8bit(weight, codes, scale)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trl_selfspec.kernels.cpu import sampling as cpu
-from trl_selfspec.kernels.gpu import runs_triton
+from trl_selfspec.kernels.triton_support import runs_triton
 from trl_selfspec.sampling.rejection import Verdict, verify_coupled, verify_rejection
 from trl_selfspec.sampling.rng import Purpose, gumbel, sample_inverse_cdf, uniform
 
@@ -65,7 +65,7 @@ def sample(
 ) -> Draw:
     """Draws by inverse CDF; never a word of mass 0."""
     if runs_triton(scores.device):
-        from trl_selfspec.kernels.cuda import sampling
+        from trl_selfspec.kernels.triton import sampling
 
         return Draw(*sampling.sample(scores, seed, row_ids, positions))
     tokens, total = _draw(scores, uniform(seed, row_ids, positions, Purpose.TOKEN))
@@ -82,7 +82,7 @@ def propose(
 ) -> Proposal:
     """Draws drafts as `sample` would, with numbers of their own, and remembers their law."""
     if runs_triton(scores.device):
-        from trl_selfspec.kernels.cuda import sampling
+        from trl_selfspec.kernels.triton import sampling
 
         return Proposal(*sampling.propose(scores, seed, row_ids, positions, step, memory))
     memory.laws.index_copy_(1, step[None], scores.softmax(-1)[:, None])
@@ -100,7 +100,7 @@ def judge(
 ) -> Outcome:
     """`rejection.verify_rejection` on the laws of these scores."""
     if runs_triton(scores.device):
-        from trl_selfspec.kernels.cuda import rejection
+        from trl_selfspec.kernels.triton import rejection
 
         return Outcome(*rejection.verify(drafts, memory, scores, seed, row_ids, positions))
     gamma = drafts.shape[1]
@@ -119,7 +119,7 @@ def sample_coupled(
 ) -> Draw:
     """The word that is best once Gumbel noise is added; the lowest where they tie."""
     if runs_triton(scores.device):
-        from trl_selfspec.kernels.cuda import sampling
+        from trl_selfspec.kernels.triton import sampling
 
         _, tokens, logprobs = sampling.best(scores[:, None], seed, row_ids, positions[:, None])
         return Draw(tokens[:, 0], logprobs[:, 0])
@@ -150,7 +150,7 @@ def judge_coupled(
 ) -> Outcome:
     """`rejection.verify_coupled` on draws from these scores."""
     if runs_triton(scores.device):
-        from trl_selfspec.kernels.cuda import sampling
+        from trl_selfspec.kernels.triton import sampling
 
         return Outcome(*sampling.best(scores, seed, row_ids, positions, drafts))
     return _outcome(verify_coupled(drafts, _noisy(scores, seed, row_ids, positions).argmax(-1)), scores)
@@ -163,7 +163,7 @@ def token_logprobs(
 ) -> Tensor:  # (...) fp32
     """`log_softmax(scores / temperature)` of the tokens alone: no result of V words is kept."""
     if runs_triton(scores.device):
-        from trl_selfspec.kernels.cuda import sampling
+        from trl_selfspec.kernels.triton import sampling
 
         return sampling.token_logprobs(scores, tokens, temperature)
     return _logprobs(scores.float() / temperature, tokens)

@@ -8,8 +8,8 @@ from torch import Tensor
 from trl_selfspec.kernels.cpu import machine
 from trl_selfspec.kernels.cpu.build import functions
 from trl_selfspec.kernels.cpu.linear import DTYPES, PreparedLinear
+from trl_selfspec.kernels.layer_interface import DecoderParts, Pages
 from trl_selfspec.kernels.norm import FastRMSNorm
-from trl_selfspec.kernels.parts import DecoderParts, Pages
 
 
 LANES = 16  # halves of a head, and features per thread, are whole vectors

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trl_selfspec.kernels.cuda.launch import launch
+from trl_selfspec.kernels.triton.launch import launch
 
 
 SPLIT = 256  # slots per program: enough programs for a few rows, while partial sums stay small against keys and values

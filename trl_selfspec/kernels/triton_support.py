@@ -36,10 +36,10 @@ def errors() -> tuple[type[Exception], ...]:
 
 def _launches(device: torch.device) -> bool:
     """Triton builds its launcher with the system's C compiler and Python's headers, which slim images lack."""
-    from trl_selfspec.kernels.cuda import probe
+    from trl_selfspec.kernels.triton.launch import works
 
     try:
-        return probe.works(device)
+        return works(device)
     except errors() as error:
         logger.warning(
             "trl_selfspec: Triton can't launch a kernel here, so rollouts run on torch's slower ones. It needs a C "

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trl_selfspec.kernels.cuda.launch import launch
+from trl_selfspec.kernels.triton.launch import launch
 from trl_selfspec.sampling.ops import Memory
 from trl_selfspec.sampling.rng import Purpose
 

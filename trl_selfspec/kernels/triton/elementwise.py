@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trl_selfspec.kernels.cuda.attention import storage, triton_dtype
-from trl_selfspec.kernels.cuda.launch import launch
+from trl_selfspec.kernels.layer_interface import Pages
 from trl_selfspec.kernels.norm import FastRMSNorm
-from trl_selfspec.kernels.parts import Pages
+from trl_selfspec.kernels.triton.attention import storage, triton_dtype
+from trl_selfspec.kernels.triton.launch import launch
 
 
 HEADS_AT_ONCE = 4  # of one token: 16 bytes per lane

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trl_selfspec.kernels.cuda.codes import code_8bit, nibbles, scale_and_shift
-from trl_selfspec.kernels.cuda.launch import launch
 from trl_selfspec.kernels.quantized import MAX_ROWS
+from trl_selfspec.kernels.triton.code_conversion import code_8bit, nibbles, scale_and_shift
+from trl_selfspec.kernels.triton.launch import launch
 
 
 PROGRAMS = 1056  # eight for each of an H100's SMs, which hide each other's waiting; int4 tiles of few rows find room

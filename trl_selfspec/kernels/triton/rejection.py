@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trl_selfspec.kernels.cuda.launch import launch
-from trl_selfspec.kernels.cuda.sampling import (
+from trl_selfspec.kernels.triton.launch import launch
+from trl_selfspec.kernels.triton.sampling import (
     CHUNK,
     NUM_WARPS,
     as_rows,

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trl_selfspec.kernels.cuda.launch import launch
 from trl_selfspec.kernels.quantized import quantizes_4bit_on_gpu
+from trl_selfspec.kernels.triton.launch import launch
 
 
 BYTES_AT_ONCE = 2048  # of packed codes, by a program
