@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from trl_selfspec.kv_cache.attention import bind_cache
 from trl_selfspec.kv_cache.paged_cache import PagedCache
-from trl_selfspec.layers import FastForward
+from trl_selfspec.policy.fused_layers import FastForward
 
 
 LENGTHS, CAPACITY = (9, 3, 14, 6, 1), 40

@@ -23,8 +23,8 @@ from trl_runs import ALWAYS_SPECULATE, PROMPTS, Recorder, make_dataset, make_mod
 
 from trl_selfspec import SelfSpecEngine, SelfSpecGRPOTrainer, following
 from trl_selfspec.following import autocast_dtype, fsdp_param_dtype
-from trl_selfspec.mirror import Mirror, UnsupportedModelError
-from trl_selfspec.sharding import fingerprint, gathered, gathered_partitions
+from trl_selfspec.policy.replica import Mirror, UnsupportedModelError
+from trl_selfspec.policy.sharding import fingerprint, gathered, gathered_partitions
 
 
 # Groups of 4 over ranks of 6 rows: the second group of each generation lies on both.

@@ -4,8 +4,8 @@ import torch
 from tiny_models import VOCAB_SIZE
 from torch import Tensor, nn
 
-from trl_selfspec import mirror as mirrors
-from trl_selfspec.mirror import Mirror
+from trl_selfspec.policy import replica as mirrors
+from trl_selfspec.policy.replica import Mirror
 
 
 IDS = torch.randint(3, VOCAB_SIZE, (2, 12), generator=torch.Generator().manual_seed(1))

@@ -13,9 +13,9 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_model
 from trl_runs import ALWAYS_SPECULATE, FP32_LOGP_TOLERANCE, make_trainer, train, weights
 
-from trl_selfspec import adapters
-from trl_selfspec import mirror as mirrors
-from trl_selfspec.mirror import Mirror, UnsupportedModelError
+from trl_selfspec.policy import peft_weights as adapters
+from trl_selfspec.policy import replica as mirrors
+from trl_selfspec.policy.replica import Mirror, UnsupportedModelError
 
 
 FP32_TOLERANCE = 1e-4  # a merged layer sums in another order; logits are of size 5

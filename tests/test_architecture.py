@@ -89,7 +89,7 @@ def test_floors_import_only_downward(path: Path) -> None:
     [
         ("sampling.py", "import transformers", "of floor 2"),
         ("stats.py", "from .engine import SelfSpecEngine", "of floor 2"),
-        ("quantize.py", "def f():\n    from trl_selfspec.mirror import build", "of floor 2"),
+        ("quantize.py", "def f():\n    from trl_selfspec.policy.replica import build", "of floor 2"),
         ("engine.py", "from . import trainer", "of floor 3"),
         ("engine.py", "from trl_selfspec import trainer", "of floor 3"),
         ("engine.py", "import trl_selfspec.config as c", "of floor 3"),

@@ -107,7 +107,7 @@ def test_copies_are_renewed_whatever_the_counters_say(change: Change, monkeypatc
     """Under autocast the target's weights are copies; an EMA swapped in and out poisoned the next training rollout."""
     model = tiny_model("llama")
     engine = SelfSpecEngine(model, OPTIONS, autocast_dtype=torch.bfloat16)
-    monkeypatch.setattr("trl_selfspec.mirror.fingerprint", lambda policy: 0)  # a write that no sample sees
+    monkeypatch.setattr("trl_selfspec.policy.replica.fingerprint", lambda policy: 0)  # a write that no sample sees
     change(model)
     engine.refresh()
     expected = SelfSpecEngine(model, OPTIONS, autocast_dtype=torch.bfloat16).generate(PROMPTS, GREEDY, seed=0)

@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl_selfspec.engine import SelfSpecEngine, UnsupportedModelError
 from trl_selfspec.kv_cache.attention import IMPLEMENTATION, selfspec_attention
 from trl_selfspec.memory import kv_bytes_per_token
-from trl_selfspec.mirror import Mirror
+from trl_selfspec.policy.replica import Mirror
 
 
 ROOT = Path(__file__).parents[1]

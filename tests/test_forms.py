@@ -14,8 +14,8 @@ from trl_selfspec.control.stats import RolloutStats
 from trl_selfspec.drafter import LiveLoraLinear, make_drafter
 from trl_selfspec.engine import RolloutOutput, SelfSpecEngine
 from trl_selfspec.forms import FormChoice, FormCosts, form_costs, measured_choice
-from trl_selfspec.mirror import Mirror
 from trl_selfspec.options import MAX_DRAFT_LENGTH, SelfSpecOptions
+from trl_selfspec.policy.replica import Mirror
 
 
 MERGED_IS_CHEAP, LIVE_IS_CHEAP = FormCosts(live_s=1.0, merged_s=1e-6), FormCosts(live_s=1e-6, merged_s=1.0)

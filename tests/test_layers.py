@@ -8,13 +8,14 @@ from decoding import CAPACITY, LENGTHS, decoded, fast_forwards, relative_error, 
 from tiny_models import tiny_model
 from torch import Tensor, nn
 
-from trl_selfspec import kernels, layers
+from trl_selfspec import kernels
 from trl_selfspec.drafter import make_drafter, requantize
 from trl_selfspec.kernels.cpu import machine
 from trl_selfspec.kernels.cpu.layer import MAX_TOKENS
 from trl_selfspec.kv_cache.attention import bind_cache
 from trl_selfspec.kv_cache.paged_cache import PagedCache
-from trl_selfspec.mirror import Mirror
+from trl_selfspec.policy import fused_layers as layers
+from trl_selfspec.policy.replica import Mirror
 
 
 BF16, FP32 = torch.bfloat16, torch.float32

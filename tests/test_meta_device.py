@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from trl_selfspec import SelfSpecEngine, SelfSpecOptions, engine, kernels, memory
-from trl_selfspec.mirror import Mirror
+from trl_selfspec.policy.replica import Mirror
 from trl_selfspec.requests import make_requests
 from trl_selfspec.rollout import Rollout
 from trl_selfspec.rounds import Program

@@ -10,11 +10,12 @@ from tiny_models import FAMILIES, ragged_prompts, scale_weights, tiny_model
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from trl_selfspec import kernels, mirror
+from trl_selfspec import kernels
 from trl_selfspec.engine import SelfSpecEngine
 from trl_selfspec.kernels.cpu import build
-from trl_selfspec.mirror import UnsupportedModelError
 from trl_selfspec.options import SelfSpecOptions
+from trl_selfspec.policy import replica as mirror
+from trl_selfspec.policy.replica import UnsupportedModelError
 from trl_selfspec.quantize import QuantizedLinear
 
 

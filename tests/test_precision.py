@@ -15,8 +15,8 @@ from trl_runs import ALWAYS_SPECULATE, make_model, make_trainer, module_state, t
 from trl_selfspec import kernels
 from trl_selfspec.engine import RolloutOutput, SelfSpecEngine
 from trl_selfspec.kernels.cpu import build
-from trl_selfspec.mirror import Mirror
 from trl_selfspec.options import SelfSpecOptions
+from trl_selfspec.policy.replica import Mirror
 
 
 # Largest error of a logit, in units of their spread: sums in another order, each layer rounded to 8 bits.

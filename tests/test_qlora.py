@@ -11,11 +11,11 @@ from tiny_models import ragged_prompts, tiny_model
 from torch import nn
 from transformers import GenerationConfig
 
-from trl_selfspec import mirror
 from trl_selfspec.drafter import make_drafter, requantize
 from trl_selfspec.engine import SelfSpecEngine
-from trl_selfspec.mirror import Mirror, UnsupportedModelError
 from trl_selfspec.options import SelfSpecOptions
+from trl_selfspec.policy import replica as mirror
+from trl_selfspec.policy.replica import Mirror, UnsupportedModelError
 
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, which quantizes the base")

@@ -15,10 +15,12 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.integrations.neftune import activate_neftune
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from trl_selfspec import SelfSpecEngine, SelfSpecOptions, mirror, selfcheck
+from trl_selfspec import SelfSpecEngine, SelfSpecOptions
 from trl_selfspec.kv_cache.attention import IMPLEMENTATION, selfspec_attention
-from trl_selfspec.mirror import Mirror, UnsupportedModelError
-from trl_selfspec.selfcheck import Calibration, self_check
+from trl_selfspec.policy import replica as mirror
+from trl_selfspec.policy import self_check as selfcheck
+from trl_selfspec.policy.replica import Mirror, UnsupportedModelError
+from trl_selfspec.policy.self_check import Calibration, self_check
 
 
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -28,7 +28,7 @@ from trl_runs import (
 
 from trl_selfspec import SelfSpecEngine, SelfSpecMixin
 from trl_selfspec.fallbacks import input_reason
-from trl_selfspec.mirror import Mirror
+from trl_selfspec.policy.replica import Mirror
 
 
 def test_switched_off_it_is_stock_trl_bit_for_bit(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from trl_runs import ALWAYS_SPECULATE, Recorder, make_model, make_trainer, train
 from trl_selfspec import engine as engines
 from trl_selfspec.checkpointing import STATE_FILE
 from trl_selfspec.engine import SelfSpecEngine
-from trl_selfspec.mirror import Mirror
 from trl_selfspec.mixin import FALLBACK_WARNING
+from trl_selfspec.policy.replica import Mirror
 
 
 LOGP = "sampling/sampling_logp_difference/max"

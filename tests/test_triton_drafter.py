@@ -19,8 +19,8 @@ from trl_selfspec.drafter import (
 )
 from trl_selfspec.engine import SelfSpecEngine
 from trl_selfspec.kernels import triton_support as gpu
-from trl_selfspec.mirror import Mirror
 from trl_selfspec.options import SelfSpecOptions
+from trl_selfspec.policy.replica import Mirror
 
 
 PAGE = 16

@@ -18,7 +18,7 @@ from trl_selfspec.kernels.gpu_layer import GpuDecoderLayer, JoinedLinear, _joine
 from trl_selfspec.kernels.norm import FastRMSNorm
 from trl_selfspec.kv_cache.attention import _causal_attention, bind_cache
 from trl_selfspec.kv_cache.paged_cache import PagedCache
-from trl_selfspec.mirror import Mirror, MirrorLinear
+from trl_selfspec.policy.replica import Mirror, MirrorLinear
 
 
 # Sums in another order and other exponentials, through two layers and the head.

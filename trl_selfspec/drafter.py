@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trl_selfspec import kernels
-from trl_selfspec.adapters import effective_tensor, find_module, frozen_state, inner_module, lora_factors
 from trl_selfspec.kernels import triton_support as gpu
-from trl_selfspec.layers import joinable_projections
-from trl_selfspec.mirror import Mirror, MirrorLinear
+from trl_selfspec.policy.fused_layers import joinable_projections
+from trl_selfspec.policy.peft_weights import effective_tensor, find_module, frozen_state, inner_module, lora_factors
+from trl_selfspec.policy.replica import Mirror, MirrorLinear
 from trl_selfspec.quantize import QuantizedLinear
 
 

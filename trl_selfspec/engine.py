@@ -22,8 +22,9 @@ from trl_selfspec.graphs import CudaCapture, GraphPool
 from trl_selfspec.kv_cache.attention import bind_cache
 from trl_selfspec.kv_cache.prefix_cache import KeptRows
 from trl_selfspec.memory import KVMemory, kv_bytes_per_token, warn_if_scarce
-from trl_selfspec.mirror import LayoutChangedError, Mirror, UnsupportedModelError
 from trl_selfspec.options import SelfSpecOptions
+from trl_selfspec.policy.replica import LayoutChangedError, Mirror, UnsupportedModelError
+from trl_selfspec.policy.self_check import self_check
 from trl_selfspec.quantize import resolve_qtype
 from trl_selfspec.requests import make_requests
 from trl_selfspec.rollout import Progress, Rollout
@@ -31,7 +32,6 @@ from trl_selfspec.rounds import DraftError, RoundRunner, RowState
 from trl_selfspec.sampling.logits_processing import SamplingLaw, effective_generation_config
 from trl_selfspec.sampling.samplers import CoupledVerification, GreedyVerification, RejectionVerification, Verification
 from trl_selfspec.scheduler import Request, Scheduler
-from trl_selfspec.selfcheck import self_check
 
 
 __all__ = ["Progress", "RolloutOutput", "SelfSpecEngine", "UnsupportedModelError"]

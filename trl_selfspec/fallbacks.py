@@ -11,7 +11,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 
-from trl_selfspec.adapters import base_model
+from trl_selfspec.policy.peft_weights import base_model
 from trl_selfspec.sampling.logits_processing import effective_generation_config, unsupported_parameters
 
 

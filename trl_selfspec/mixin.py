@@ -20,7 +20,6 @@ from trl import GRPOTrainer
 from trl.extras.profiling import profiling_context
 from trl.trainer.utils import get_config_model_id
 
-from trl_selfspec.adapters import base_model
 from trl_selfspec.checkpointing import STATE_FILE, read_state, write_state
 from trl_selfspec.config import SelfSpecConfigMixin
 from trl_selfspec.control.stats import RolloutStats
@@ -29,6 +28,7 @@ from trl_selfspec.fallbacks import input_reason, length_reason, policy_reason, s
 from trl_selfspec.following import PolicyFollower
 from trl_selfspec.model_card import complete_model_card
 from trl_selfspec.options import SelfSpecOptions
+from trl_selfspec.policy.peft_weights import base_model
 from trl_selfspec.reporting import RolloutBar, Tally
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from trl_selfspec.sharding import gathered
+from trl_selfspec.policy.sharding import gathered
 
 
 def base_model(policy: nn.Module) -> PreTrainedModel:

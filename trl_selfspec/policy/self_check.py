@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from trl_selfspec.kv_cache.attention import bind_cache
 from trl_selfspec.kv_cache.paged_cache import PagedCache
-from trl_selfspec.mirror import Mirror, UnsupportedModelError
+from trl_selfspec.policy.replica import Mirror, UnsupportedModelError
 
 
 PROMPT_LENGTHS = (5, 11)

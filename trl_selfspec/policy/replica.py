@@ -15,7 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from trl_selfspec.adapters import (
+from trl_selfspec.kernels import PreparedLinear, fast_norm, prepare_linear
+from trl_selfspec.kernels import triton_support as gpu
+from trl_selfspec.kv_cache.attention import IMPLEMENTATION
+from trl_selfspec.policy.fused_layers import computing_the_same, joinable_projections, use_fast_forwards
+from trl_selfspec.policy.peft_weights import (
     adapter_state,
     base_model,
     effective_tensor,
@@ -24,11 +28,7 @@ from trl_selfspec.adapters import (
     is_quantized,
     is_sharded,
 )
-from trl_selfspec.kernels import PreparedLinear, fast_norm, prepare_linear
-from trl_selfspec.kernels import triton_support as gpu
-from trl_selfspec.kv_cache.attention import IMPLEMENTATION
-from trl_selfspec.layers import computing_the_same, joinable_projections, use_fast_forwards
-from trl_selfspec.sharding import fingerprint, gathered_partitions
+from trl_selfspec.policy.sharding import fingerprint, gathered_partitions
 
 
 # transformers recomputes the frequencies of these for the longest row of the batch: a row would see its neighbours.
