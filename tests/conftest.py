@@ -34,7 +34,8 @@ def fixed_global_seed() -> None:
 @pytest.fixture
 def backend_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """The file in which the choice of backends is kept, which is not there yet; nothing has been warned of."""
-    from trl_selfspec import backends, choosing
+    from trl_selfspec.drafter import autotune as choosing
+    from trl_selfspec.drafter import linear_backends as backends
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(choosing, "_known", {})

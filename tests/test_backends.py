@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trl_selfspec import backends, choosing
+from trl_selfspec.drafter import autotune as choosing
+from trl_selfspec.drafter import linear_backends as backends
+from trl_selfspec.drafter.quantized_linear import QTYPES, QuantizedLinear, resolve_qtype
 from trl_selfspec.kernels import humming, int4
-from trl_selfspec.quantize import QTYPES, QuantizedLinear, resolve_qtype
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -34,7 +35,7 @@ def test_dequantizing_on_a_gpu_is_told_once(monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr(backends, "_supports_tinygemm", lambda layer: False)
     candidates = [b for b in backends.BACKENDS if b.name not in ("tinygemm", "humming")]
     monkeypatch.setattr(backends, "BACKENDS", candidates)
-    with FakeTensorMode(), caplog.at_level(logging.WARNING, "trl_selfspec.backends"):
+    with FakeTensorMode(), caplog.at_level(logging.WARNING, "trl_selfspec.drafter.linear_backends"):
         for dtype in (FP32, BF16, BF16):
             layer = QuantizedLinear(256, 32, None, "qint4", dtype, "cuda")
             assert layer.backend.name == "dequantized_per_call"

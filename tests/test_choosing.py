@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trl_selfspec import choosing
-from trl_selfspec.backends import Backend, by_rows
-from trl_selfspec.choosing import BUCKETS, measured
-from trl_selfspec.quantize import QTYPES, QuantizedLinear
+from trl_selfspec.drafter import autotune as choosing
+from trl_selfspec.drafter.autotune import BUCKETS, measured
+from trl_selfspec.drafter.linear_backends import Backend, by_rows
+from trl_selfspec.drafter.quantized_linear import QTYPES, QuantizedLinear
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
-LOGGER = "trl_selfspec.choosing"
+LOGGER = "trl_selfspec.drafter.autotune"
 pytestmark = pytest.mark.usefixtures("backend_cache")
 
 

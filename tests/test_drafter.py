@@ -7,10 +7,10 @@ from tiny_models import tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trl_selfspec.drafter import LiveLoraLinear, QuantizedRows, drafter_bytes, make_drafter, requantize
+from trl_selfspec.drafter.drafter import LiveLoraLinear, QuantizedRows, drafter_bytes, make_drafter, requantize
+from trl_selfspec.drafter.quantized_linear import QuantizedLinear
 from trl_selfspec.policy import peft_weights as adapters
 from trl_selfspec.policy.replica import Mirror
-from trl_selfspec.quantize import QuantizedLinear
 
 
 FP32_TOLERANCE = 1e-4

@@ -11,9 +11,9 @@ from tiny_models import Schedule, ragged_prompts, tiny_model
 from transformers import GenerationConfig
 
 from trl_selfspec.control.stats import RolloutStats
-from trl_selfspec.drafter import LiveLoraLinear, make_drafter
+from trl_selfspec.drafter.drafter import LiveLoraLinear, make_drafter
+from trl_selfspec.drafter.lora_mode import FormChoice, FormCosts, form_costs, measured_choice
 from trl_selfspec.engine import RolloutOutput, SelfSpecEngine
-from trl_selfspec.forms import FormChoice, FormCosts, form_costs, measured_choice
 from trl_selfspec.options import MAX_DRAFT_LENGTH, SelfSpecOptions
 from trl_selfspec.policy.replica import Mirror
 
@@ -195,7 +195,7 @@ def test_a_switch_keeps_what_the_drafter_shares() -> None:
 
 def test_the_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     """Prevents a drafter whose form nobody can find out, and a line per step."""
-    with caplog.at_level("INFO", logger="trl_selfspec.forms"):
+    with caplog.at_level("INFO", logger="trl_selfspec.drafter.lora_mode"):
         assert choices(LIVE_IS_CHEAP, [0, *[10] * 7]) == [False, *[True] * 7]
     (message,) = [record.getMessage() for record in caplog.records]
     assert "live" in message

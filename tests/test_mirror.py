@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec import kernels
+from trl_selfspec.drafter.quantized_linear import QuantizedLinear
 from trl_selfspec.engine import SelfSpecEngine
 from trl_selfspec.kernels.cpu import build
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.policy import replica as mirror
 from trl_selfspec.policy.replica import UnsupportedModelError
-from trl_selfspec.quantize import QuantizedLinear
 
 
 PROMPTS = ragged_prompts([1, 20, 2, 5, 9, 14, 1, 9])

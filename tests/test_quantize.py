@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trl_selfspec import backends, kernels, quantize
-from trl_selfspec.quantize import QTYPES, QuantizedLinear, resolve_qtype
+from trl_selfspec import kernels
+from trl_selfspec.drafter import linear_backends as backends
+from trl_selfspec.drafter import quantized_linear as quantize
+from trl_selfspec.drafter.quantized_linear import QTYPES, QuantizedLinear, resolve_qtype
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -263,5 +265,5 @@ def test_unknown_qtypes_are_refused():
 
 def test_quanto_is_imported_on_the_first_quantization():
     """Importing quanto takes seconds and, on a GPU machine, touches CUDA."""
-    program = "import sys, trl_selfspec.quantize; sys.exit('optimum.quanto' in sys.modules)"
+    program = "import sys, trl_selfspec.drafter.quantized_linear; sys.exit('optimum.quanto' in sys.modules)"
     assert subprocess.run([sys.executable, "-W", "error", "-c", program], timeout=60).returncode == 0

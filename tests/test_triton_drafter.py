@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from triton_cases import DEVICE, forced
 
-from trl_selfspec.drafter import (
+from trl_selfspec.drafter.drafter import (
     LiveLoraLinear,
     QuantizedRows,
     drafter_bytes,

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 from triton_cases import BF16, DEVICE, FP16, FP32
 
+from trl_selfspec.drafter.quantized_linear import _quantize_4bit, _quantize_8bit, quanto_group_size
 from trl_selfspec.kernels import int4
 from trl_selfspec.kernels.quantized import quantizes_4bit_on_gpu
-from trl_selfspec.quantize import _quantize_4bit, _quantize_8bit, quanto_group_size
 
 
 DTYPES = [FP32, FP16, BF16]

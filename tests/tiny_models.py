@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from trl_selfspec.drafter import make_drafter, quantized_layers
+from trl_selfspec.drafter.drafter import make_drafter, quantized_layers
 from trl_selfspec.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
 

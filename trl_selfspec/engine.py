@@ -16,8 +16,9 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec.control.controller import Controller
 from trl_selfspec.control.stats import RolloutStats
-from trl_selfspec.drafter import drafter_bytes, has_live_adapters, make_drafter, requantize
-from trl_selfspec.forms import measured_choice, requantize_seconds
+from trl_selfspec.drafter.drafter import drafter_bytes, has_live_adapters, make_drafter, requantize
+from trl_selfspec.drafter.lora_mode import measured_choice, requantize_seconds
+from trl_selfspec.drafter.quantized_linear import resolve_qtype
 from trl_selfspec.graphs import CudaCapture, GraphPool
 from trl_selfspec.kv_cache.attention import bind_cache
 from trl_selfspec.kv_cache.prefix_cache import KeptRows
@@ -25,7 +26,6 @@ from trl_selfspec.memory import KVMemory, kv_bytes_per_token, warn_if_scarce
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.policy.replica import LayoutChangedError, Mirror, UnsupportedModelError
 from trl_selfspec.policy.self_check import self_check
-from trl_selfspec.quantize import resolve_qtype
 from trl_selfspec.requests import make_requests
 from trl_selfspec.rollout import Progress, Rollout
 from trl_selfspec.rounds import DraftError, RoundRunner, RowState

@@ -14,10 +14,10 @@ from torch import Tensor
 from bench.device import Stopwatch, copy_bytes_per_s
 from bench.report import spread
 from bench.workload import preset_config
-from trl_selfspec import backends
-from trl_selfspec.backends import Backend
+from trl_selfspec.drafter import linear_backends as backends
+from trl_selfspec.drafter.linear_backends import Backend
+from trl_selfspec.drafter.quantized_linear import QTYPES, QuantizedLinear
 from trl_selfspec.kernels.triton_support import errors
-from trl_selfspec.quantize import QTYPES, QuantizedLinear
 
 
 DTYPE = torch.bfloat16

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trl_selfspec import kernels
+from trl_selfspec.drafter.quantized_linear import QuantizedLinear
 from trl_selfspec.kernels import triton_support as gpu
 from trl_selfspec.policy.fused_layers import joinable_projections
 from trl_selfspec.policy.peft_weights import effective_tensor, find_module, frozen_state, inner_module, lora_factors
 from trl_selfspec.policy.replica import Mirror, MirrorLinear
-from trl_selfspec.quantize import QuantizedLinear
 
 
 class LiveLoraLinear(QuantizedLinear):

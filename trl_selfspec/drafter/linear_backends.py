@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from trl_selfspec import kernels
-from trl_selfspec.choosing import measured
+from trl_selfspec.drafter.autotune import measured
 from trl_selfspec.kernels import humming, int4, quantized
 from trl_selfspec.kernels.triton_support import runs_triton
 
 
 if TYPE_CHECKING:
-    from trl_selfspec.quantize import QuantizedLinear
+    from trl_selfspec.drafter.quantized_linear import QuantizedLinear
 
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trl_selfspec import kernels
-from trl_selfspec.backends import Backend, choose_backend, has_fast_int4, own_int4
+from trl_selfspec.drafter.linear_backends import Backend, choose_backend, has_fast_int4, own_int4
 from trl_selfspec.kernels import int4, quantized
 from trl_selfspec.kernels.triton_support import runs_triton
 

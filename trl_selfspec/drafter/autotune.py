@@ -28,8 +28,8 @@ from trl_selfspec.utils import cache_directory
 
 
 if TYPE_CHECKING:
-    from trl_selfspec.backends import Backend
-    from trl_selfspec.quantize import QuantizedLinear
+    from trl_selfspec.drafter.linear_backends import Backend
+    from trl_selfspec.drafter.quantized_linear import QuantizedLinear
 
 
 logger = logging.getLogger(__name__)

@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers.utils import logging
 
 from trl_selfspec import kernels
-from trl_selfspec.backends import DEQUANTIZING
 from trl_selfspec.control.stats import RolloutStats
+from trl_selfspec.drafter.linear_backends import DEQUANTIZING
+from trl_selfspec.drafter.quantized_linear import QuantizedLinear
 from trl_selfspec.policy.peft_weights import find_module, lora_factors
 from trl_selfspec.policy.replica import Mirror, MirrorLinear
-from trl_selfspec.quantize import QuantizedLinear
 from trl_selfspec.utils import Clock
 
 

@@ -1,0 +1,1 @@
+"""The drafter: a quantized copy of the policy, and the ways to multiply by its weights."""
