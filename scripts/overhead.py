@@ -21,7 +21,7 @@ import torch
 from bench.report import provenance, spread
 from trl import GRPOTrainer
 
-from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.mixin import SelfSpecMixin
 from trl_selfspec.reporting import RolloutBar
 from trl_selfspec.trainer import SelfSpecGRPOTrainer

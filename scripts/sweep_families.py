@@ -35,7 +35,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from trl_selfspec import SelfSpecEngine, SelfSpecOptions
-from trl_selfspec.engine import RolloutOutput, UnsupportedModelError
+from trl_selfspec.engine.engine import RolloutOutput, UnsupportedModelError
 
 
 PROMPT_LENGTHS, NEW_TOKENS = (5, 11, 30), 12

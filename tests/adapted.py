@@ -11,7 +11,7 @@ from tiny_models import ragged_prompts, tiny_model
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
 
 

@@ -7,7 +7,7 @@ from tiny_models import ragged_prompts, spoil
 from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec.control.stats import RolloutStats
-from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
 
 

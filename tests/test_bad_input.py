@@ -8,7 +8,7 @@ import torch
 from tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, Schedule, ragged_prompts, scale_weights, spoil, tiny_model
 from transformers import GenerationConfig, PreTrainedModel
 
-from trl_selfspec.engine import Progress, SelfSpecEngine
+from trl_selfspec.engine.engine import Progress, SelfSpecEngine
 from trl_selfspec.kernels.cpu import build
 from trl_selfspec.options import SelfSpecOptions
 

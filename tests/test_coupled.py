@@ -9,9 +9,9 @@ from tiny_models import Schedule, ragged_prompts, spoil, tiny_model
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from trl_selfspec.engine import RolloutOutput, SelfSpecEngine
+from trl_selfspec.engine.engine import RolloutOutput, SelfSpecEngine
+from trl_selfspec.engine.model_runner import RoundRunner
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.rounds import RoundRunner
 from trl_selfspec.sampling import ops as draws
 from trl_selfspec.sampling.rejection import Verdict
 from trl_selfspec.sampling.rng import gumbel

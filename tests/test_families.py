@@ -16,9 +16,9 @@ from sweep_families import FAMILIES, Outcome, check, run_family, small_model, ta
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from trl_selfspec.engine import SelfSpecEngine, UnsupportedModelError
+from trl_selfspec.engine.engine import SelfSpecEngine, UnsupportedModelError
+from trl_selfspec.engine.kv_budget import kv_bytes_per_token
 from trl_selfspec.kv_cache.attention import IMPLEMENTATION, selfspec_attention
-from trl_selfspec.memory import kv_bytes_per_token
 from trl_selfspec.policy.replica import Mirror
 
 
@@ -95,7 +95,7 @@ def test_attention_that_ignores_the_window_is_noticed(monkeypatch: pytest.Monkey
     """Negative control: the start-up check sees it, and without it the sweep's own comparison does."""
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, IMPLEMENTATION, no_window)
     if not checked:
-        monkeypatch.setattr("trl_selfspec.engine.self_check", lambda *args: None)
+        monkeypatch.setattr("trl_selfspec.engine.engine.self_check", lambda *args: None)
     assert run_family("cohere2").verdict == ("refused" if checked else "differs")
 
 

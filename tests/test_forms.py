@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from trl_selfspec.control.stats import RolloutStats
 from trl_selfspec.drafter.drafter import LiveLoraLinear, make_drafter
 from trl_selfspec.drafter.lora_mode import FormChoice, FormCosts, form_costs, measured_choice
-from trl_selfspec.engine import RolloutOutput, SelfSpecEngine
+from trl_selfspec.engine.engine import RolloutOutput, SelfSpecEngine
 from trl_selfspec.options import MAX_DRAFT_LENGTH, SelfSpecOptions
 from trl_selfspec.policy.replica import Mirror
 

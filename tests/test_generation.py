@@ -26,7 +26,8 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from trl_runs import make_model, make_tokenizer
 
-from trl_selfspec import SelfSpecGenerate, SelfSpecOptions, generation
+from trl_selfspec import SelfSpecGenerate, SelfSpecOptions
+from trl_selfspec.engine import custom_generate as generation
 
 
 PAD = 0

@@ -18,7 +18,8 @@ from transformers import (
 from transformers.generation import MaxLengthCriteria
 from trl_runs import make_tokenizer
 
-from trl_selfspec import SelfSpecEngine, SelfSpecGenerate, generation
+from trl_selfspec import SelfSpecEngine, SelfSpecGenerate
+from trl_selfspec.engine import custom_generate as generation
 
 
 PAD = 0

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec import SelfSpecEngine, SelfSpecOptions
-from trl_selfspec.engine import RolloutOutput
-from trl_selfspec.graphs import CudaCapture
+from trl_selfspec.engine.cuda_graphs import CudaCapture
+from trl_selfspec.engine.engine import RolloutOutput
 from trl_selfspec.sampling import samplers as verification
 
 

@@ -11,8 +11,8 @@ from tiny_models import Schedule, force_page_size, ragged_prompts, scale_weights
 from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec import SelfSpecEngine, SelfSpecOptions
-from trl_selfspec.engine import RolloutOutput
-from trl_selfspec.graphs import MAX_LAWS, CaptureError, GraphPool, Program
+from trl_selfspec.engine.cuda_graphs import MAX_LAWS, CaptureError, GraphPool, Program
+from trl_selfspec.engine.engine import RolloutOutput
 from trl_selfspec.kernels.cpu import build
 from trl_selfspec.kv_cache.paged_cache import TRASH_PAGE, PagedCache
 

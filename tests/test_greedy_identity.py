@@ -8,10 +8,10 @@ import torch
 from tiny_models import FAMILIES, Schedule, force_page_size, ragged_prompts, spoil, tiny_model
 from transformers import GenerationConfig, PreTrainedModel
 
-from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.engine.engine import SelfSpecEngine
+from trl_selfspec.engine.model_runner import PendingRound, RoundResult, RoundRunner
 from trl_selfspec.kv_cache.paged_cache import PagedCache
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.rounds import PendingRound, RoundResult, RoundRunner
 from trl_selfspec.sampling import ops as draws
 from trl_selfspec.sampling.rejection import Verdict
 

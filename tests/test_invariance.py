@@ -8,9 +8,10 @@ from tiny_models import Schedule, ragged_prompts, spoil, tiny_model
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from trl_selfspec.engine import RolloutOutput, SelfSpecEngine
+from trl_selfspec.engine.batch_state import RowState
+from trl_selfspec.engine.engine import RolloutOutput, SelfSpecEngine
+from trl_selfspec.engine.model_runner import RoundRunner
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.rounds import RoundRunner, RowState
 from trl_selfspec.sampling.logits_processing import SamplingLaw, effective_generation_config
 
 

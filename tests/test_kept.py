@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from tiny_models import force_page_size, tiny_model
 from transformers import PreTrainedModel
 
-from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.engine.engine import SelfSpecEngine
+from trl_selfspec.engine.kv_budget import KVMemory
+from trl_selfspec.engine.request import Request
 from trl_selfspec.kv_cache.paged_cache import PagedCache
 from trl_selfspec.kv_cache.prefix_cache import KeptRows, Tokens
-from trl_selfspec.memory import KVMemory
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.scheduler import Request
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,14 @@ from conversations import GREEDY, PROMPTS, make_engine
 from tiny_models import force_page_size, tiny_model
 from transformers import PreTrainedModel
 
-from trl_selfspec import SelfSpecOptions, memory
+from trl_selfspec import SelfSpecOptions
 from trl_selfspec.control.stats import RolloutStats
-from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.engine import kv_budget as memory
+from trl_selfspec.engine.engine import SelfSpecEngine
+from trl_selfspec.engine.kv_budget import MAX_ROWS, KVMemory
+from trl_selfspec.engine.request import Request
 from trl_selfspec.kv_cache.paged_cache import PagedCache
 from trl_selfspec.kv_cache.prefix_cache import KeptRows
-from trl_selfspec.memory import MAX_ROWS, KVMemory
-from trl_selfspec.scheduler import Request
 
 
 PAGE = 4
@@ -151,7 +152,7 @@ def test_a_failed_rollout_leaves_nothing_behind(family: str) -> None:
 def test_scarce_memory_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     """Prevents a slow run whose user does not know which option to change, and a warning about a few tokens."""
     logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]  # other tests may have caused it
-    with caplog.at_level(logging.WARNING, logger="trl_selfspec.memory"):
+    with caplog.at_level(logging.WARNING, logger="trl_selfspec.engine.kv_budget"):
         memory.warn_if_scarce(RolloutStats(prompt_tokens=100, completion_tokens=900, recomputed_tokens=49))
         assert not caplog.records
         for recomputed in (51, 200):

@@ -11,16 +11,16 @@ from recorded_graph import record
 from tiny_models import Schedule, force_page_size, ragged_prompts, tiny_model
 from transformers import GenerationConfig, PreTrainedModel
 
-from trl_selfspec import engine as engine_module
-from trl_selfspec import memory
-from trl_selfspec.admission import Admission
-from trl_selfspec.engine import RolloutOutput, SelfSpecEngine
-from trl_selfspec.graphs import GraphPool
+from trl_selfspec.engine import engine as engine_module
+from trl_selfspec.engine import kv_budget as memory
+from trl_selfspec.engine.batch_state import RowState
+from trl_selfspec.engine.cuda_graphs import GraphPool
+from trl_selfspec.engine.engine import RolloutOutput, SelfSpecEngine
+from trl_selfspec.engine.request import Request
+from trl_selfspec.engine.rollout import Rollout, Span
+from trl_selfspec.engine.scheduler import Admission, Scheduler
 from trl_selfspec.kernels.cpu import build
 from trl_selfspec.kv_cache.prefix_cache import KeptRows
-from trl_selfspec.rollout import Rollout, Span
-from trl_selfspec.rounds import RowState
-from trl_selfspec.scheduler import Request, Scheduler
 
 
 PAGE = 4

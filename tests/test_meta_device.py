@@ -12,11 +12,13 @@ from tiny_models import tiny_model
 from torch import Tensor
 from transformers import GenerationConfig
 
-from trl_selfspec import SelfSpecEngine, SelfSpecOptions, engine, kernels, memory
+from trl_selfspec import SelfSpecEngine, SelfSpecOptions, kernels
+from trl_selfspec.engine import engine
+from trl_selfspec.engine import kv_budget as memory
+from trl_selfspec.engine.model_runner import Program
+from trl_selfspec.engine.request import make_requests
+from trl_selfspec.engine.rollout import Rollout
 from trl_selfspec.policy.replica import Mirror
-from trl_selfspec.requests import make_requests
-from trl_selfspec.rollout import Rollout
-from trl_selfspec.rounds import Program
 from trl_selfspec.sampling import samplers as verification
 from trl_selfspec.sampling.logits_processing import SamplingLaw, effective_generation_config
 

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec import kernels
 from trl_selfspec.drafter.quantized_linear import QuantizedLinear
-from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.kernels.cpu import build
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.policy import replica as mirror

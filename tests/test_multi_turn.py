@@ -9,11 +9,11 @@ from conversations import GREEDY, PAGES, PROMPTS, SAMPLED, converse, make_engine
 from tiny_models import Schedule, force_page_size, ragged_prompts, tiny_model
 from transformers import GenerationConfig, PreTrainedModel
 
-from trl_selfspec import rollout
-from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.engine import rollout
+from trl_selfspec.engine.engine import SelfSpecEngine
+from trl_selfspec.engine.model_runner import RoundRunner
 from trl_selfspec.kv_cache.paged_cache import PagedCache
 from trl_selfspec.kv_cache.prefix_cache import KeptRows, Tokens
-from trl_selfspec.rounds import RoundRunner
 
 
 @pytest.fixture(scope="module")

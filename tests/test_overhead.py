@@ -5,7 +5,7 @@ import time
 import overhead
 import pytest
 
-from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.engine.engine import SelfSpecEngine
 
 
 NAP_S = 0.02

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from trl_runs import ALWAYS_SPECULATE, make_model, make_trainer, module_state, train, weights
 
 from trl_selfspec import kernels
-from trl_selfspec.engine import RolloutOutput, SelfSpecEngine
+from trl_selfspec.engine.engine import RolloutOutput, SelfSpecEngine
 from trl_selfspec.kernels.cpu import build
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.policy.replica import Mirror

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from trl_selfspec.drafter.drafter import make_drafter, requantize
-from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.policy import replica as mirror
 from trl_selfspec.policy.replica import Mirror, UnsupportedModelError

@@ -10,12 +10,14 @@ from simulated_machine import LOSING, Machine
 from tiny_models import Schedule, force_page_size, ragged_prompts, spoil, tiny_model
 from transformers import GenerationConfig, PreTrainedModel
 
-from trl_selfspec import SelfSpecEngine, SelfSpecOptions, engine
+from trl_selfspec import SelfSpecEngine, SelfSpecOptions
 from trl_selfspec.control.controller import Controller
-from trl_selfspec.engine import RolloutOutput
-from trl_selfspec.graphs import GraphPool
-from trl_selfspec.rollout import Rollout
-from trl_selfspec.rounds import RoundRunner, RowState
+from trl_selfspec.engine import engine
+from trl_selfspec.engine.batch_state import RowState
+from trl_selfspec.engine.cuda_graphs import GraphPool
+from trl_selfspec.engine.engine import RolloutOutput
+from trl_selfspec.engine.model_runner import RoundRunner
+from trl_selfspec.engine.rollout import Rollout
 
 
 GREEDY = {"do_sample": False, "eos_token_id": [7, 9, 30, 31, 32]}

@@ -5,7 +5,8 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_selfspec.scheduler import Request, Scheduler
+from trl_selfspec.engine.request import Request
+from trl_selfspec.engine.scheduler import Scheduler
 
 
 def requests(prompts: list[int]) -> list[Request]:

@@ -12,9 +12,9 @@ from tiny_models import tiny_model
 from transformers import TrainerCallback
 from trl_runs import ALWAYS_SPECULATE, Recorder, make_model, make_trainer, train
 
-from trl_selfspec import engine as engines
 from trl_selfspec.checkpointing import STATE_FILE
-from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.engine import engine as engines
+from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.mixin import FALLBACK_WARNING
 from trl_selfspec.policy.replica import Mirror
 
@@ -69,7 +69,7 @@ def test_a_rollout_that_fails_is_generated_by_trl(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: Any
 ) -> None:
     """Out of memory in the first round: the completions of this step are TRL's, and so are all later ones."""
-    monkeypatch.setattr("trl_selfspec.rounds.RoundRunner.plain", out_of_memory)
+    monkeypatch.setattr("trl_selfspec.engine.model_runner.RoundRunner.plain", out_of_memory)
     reward = Recorder()
     trainer = make_trainer(tmp_path, reward=reward, selfspec_num_speculative_tokens=0)
     assert_trl_generated(train(trainer), reward)
@@ -80,7 +80,11 @@ def test_a_rollout_that_fails_is_generated_by_trl(
 
 @pytest.mark.parametrize(
     "place",
-    ["trl_selfspec.engine.make_drafter", "trl_selfspec.engine.requantize", "trl_selfspec.rounds.RoundRunner._draft"],
+    [
+        "trl_selfspec.engine.engine.make_drafter",
+        "trl_selfspec.engine.engine.requantize",
+        "trl_selfspec.engine.model_runner.RoundRunner._draft",
+    ],
 )
 def test_a_drafter_that_fails_leaves_plain_rounds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: str
@@ -90,12 +94,12 @@ def test_a_drafter_that_fails_leaves_plain_rounds(
     expected, reward = Recorder(), Recorder()
     train(make_trainer(tmp_path, reward=expected, selfspec_num_speculative_tokens=0, **greedy))
     monkeypatch.setattr(place, vanished)
-    with caplog.at_level(logging.WARNING, logger="trl_selfspec.rollout"):
+    with caplog.at_level(logging.WARNING, logger="trl_selfspec.engine.rollout"):
         log = train(make_trainer(tmp_path, reward=reward, **ALWAYS_SPECULATE, **greedy))
     assert reward.completion_ids == expected.completion_ids
     assert [entry["selfspec/fallback"] for entry in log] == [0, 0]
     assert [entry["selfspec/speculative_round_fraction"] for entry in log] == [0, 0]
-    (warning,) = [record.getMessage() for record in caplog.records if record.name == "trl_selfspec.rollout"]
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "trl_selfspec.engine.rollout"]
     assert "of_a_later_release" in warning
 
 

@@ -22,8 +22,8 @@ from trl_runs import (
 )
 
 from trl_selfspec import SelfSpecEngine, SelfSpecGRPOTrainer
-from trl_selfspec import engine as engines
 from trl_selfspec.checkpointing import STATE_FILE
+from trl_selfspec.engine import engine as engines
 from trl_selfspec.model_card import rollout_section
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.reporting import Tally

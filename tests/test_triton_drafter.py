@@ -17,7 +17,7 @@ from trl_selfspec.drafter.drafter import (
     quantized_layers,
     requantize,
 )
-from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.kernels import triton_support as gpu
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.policy.replica import Mirror

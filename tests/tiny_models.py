@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from trl_selfspec.drafter.drafter import make_drafter, quantized_layers
-from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
 
 
@@ -105,7 +105,7 @@ def spoil(engine: SelfSpecEngine, noise: float, seed: int = 0) -> None:
 
 def force_page_size(monkeypatch: pytest.MonkeyPatch, page_size: int | None) -> None:
     """Engines allocate pages of this size from here on; `None`: dense rows."""
-    monkeypatch.setattr("trl_selfspec.memory.page_size", lambda device: page_size)
+    monkeypatch.setattr("trl_selfspec.engine.kv_budget.page_size", lambda device: page_size)
 
 
 class Schedule:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .config import SelfSpecConfigMixin, SelfSpecGRPOConfig, SelfSpecRLOOConfig
     from .control.stats import RolloutStats
-    from .engine import SelfSpecEngine
-    from .generation import SelfSpecGenerate
+    from .engine.custom_generate import SelfSpecGenerate
+    from .engine.engine import SelfSpecEngine
     from .mixin import SelfSpecMixin
     from .options import SelfSpecOptions
     from .trainer import SelfSpecGRPOTrainer, SelfSpecRLOOTrainer

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from trl_selfspec.control.controller import Controller
-from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
 
 

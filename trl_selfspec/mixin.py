@@ -23,7 +23,7 @@ from trl.trainer.utils import get_config_model_id
 from trl_selfspec.checkpointing import STATE_FILE, read_state, write_state
 from trl_selfspec.config import SelfSpecConfigMixin
 from trl_selfspec.control.stats import RolloutStats
-from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.fallbacks import input_reason, length_reason, policy_reason, sharding_reason
 from trl_selfspec.following import PolicyFollower
 from trl_selfspec.model_card import complete_model_card

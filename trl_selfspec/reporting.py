@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trl_selfspec.control.stats import RolloutStats
-from trl_selfspec.rollout import Progress
+from trl_selfspec.engine.rollout import Progress
 
 
 @dataclass

@@ -16,7 +16,7 @@ from bench.vllm_engine import VllmEngine
 from bench.workload import Workload
 from trl_selfspec.control.stats import RolloutStats
 from trl_selfspec.drafter.drafter import requantize
-from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.sampling.ops import Outcome
 from trl_selfspec.sampling.samplers import RejectionVerification

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
 
 

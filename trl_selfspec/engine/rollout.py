@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from trl_selfspec.admission import Admission
 from trl_selfspec.control.controller import Controller
 from trl_selfspec.control.stats import PlainComparison, RolloutStats
+from trl_selfspec.engine.model_runner import DraftError, PendingRound, RoundResult, RoundRunner
+from trl_selfspec.engine.request import Request
+from trl_selfspec.engine.scheduler import Admission, Scheduler
 from trl_selfspec.kv_cache.prefix_cache import KeptRows
-from trl_selfspec.rounds import DraftError, PendingRound, RoundResult, RoundRunner
-from trl_selfspec.scheduler import Request, Scheduler
 from trl_selfspec.utils import Clock, to_device
 
 

@@ -15,11 +15,11 @@ from torch import nn
 from transformers.utils import logging
 
 from trl_selfspec.control.stats import RolloutStats
+from trl_selfspec.engine.request import Request
 from trl_selfspec.kv_cache.attention import bind_cache
 from trl_selfspec.kv_cache.paged_cache import PagedCache
 from trl_selfspec.kv_cache.prefix_cache import KeptRows
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.scheduler import Request
 
 
 logger = logging.get_logger(__name__)

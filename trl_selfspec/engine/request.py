@@ -1,14 +1,27 @@
 """From prompts and a generation config to requests: everything wrong with them is said here, before any work."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from trl_selfspec.scheduler import Request
-
 
 logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to generate: `prompt` plus tokens until EOS or until the row holds `limit` tokens."""
+
+    row_id: int
+    prompt: tuple[int, ...]
+    limit: int
+    done: tuple[int, ...] = ()  # tokens generated before the row was paused
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.prompt + self.done
 
 
 def make_requests(

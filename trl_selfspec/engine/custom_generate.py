@@ -14,7 +14,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from trl_selfspec.control.stats import RolloutStats
-from trl_selfspec.engine import SelfSpecEngine
+from trl_selfspec.engine.engine import SelfSpecEngine
 
 
 # Arguments of `generate` that change what is drawn, or that would have to be called on the way.

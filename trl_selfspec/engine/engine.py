@@ -19,19 +19,20 @@ from trl_selfspec.control.stats import RolloutStats
 from trl_selfspec.drafter.drafter import drafter_bytes, has_live_adapters, make_drafter, requantize
 from trl_selfspec.drafter.lora_mode import measured_choice, requantize_seconds
 from trl_selfspec.drafter.quantized_linear import resolve_qtype
-from trl_selfspec.graphs import CudaCapture, GraphPool
+from trl_selfspec.engine.batch_state import RowState
+from trl_selfspec.engine.cuda_graphs import CudaCapture, GraphPool
+from trl_selfspec.engine.kv_budget import KVMemory, kv_bytes_per_token, warn_if_scarce
+from trl_selfspec.engine.model_runner import DraftError, RoundRunner
+from trl_selfspec.engine.request import Request, make_requests
+from trl_selfspec.engine.rollout import Progress, Rollout
+from trl_selfspec.engine.scheduler import Scheduler
 from trl_selfspec.kv_cache.attention import bind_cache
 from trl_selfspec.kv_cache.prefix_cache import KeptRows
-from trl_selfspec.memory import KVMemory, kv_bytes_per_token, warn_if_scarce
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.policy.replica import LayoutChangedError, Mirror, UnsupportedModelError
 from trl_selfspec.policy.self_check import self_check
-from trl_selfspec.requests import make_requests
-from trl_selfspec.rollout import Progress, Rollout
-from trl_selfspec.rounds import DraftError, RoundRunner, RowState
 from trl_selfspec.sampling.logits_processing import SamplingLaw, effective_generation_config
 from trl_selfspec.sampling.samplers import CoupledVerification, GreedyVerification, RejectionVerification, Verification
-from trl_selfspec.scheduler import Request, Scheduler
 
 
 __all__ = ["Progress", "RolloutOutput", "SelfSpecEngine", "UnsupportedModelError"]
