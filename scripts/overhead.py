@@ -22,9 +22,9 @@ from bench.report import provenance, spread
 from trl import GRPOTrainer
 
 from trl_selfspec.engine.engine import SelfSpecEngine
-from trl_selfspec.mixin import SelfSpecMixin
-from trl_selfspec.reporting import RolloutBar
-from trl_selfspec.trainer import SelfSpecGRPOTrainer
+from trl_selfspec.trainer.metrics import RolloutBar
+from trl_selfspec.trainer.mixin import SelfSpecMixin
+from trl_selfspec.trainer.trainers import SelfSpecGRPOTrainer
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))

@@ -21,10 +21,11 @@ from tool_runs import MAX_COMPLETION, double, make_tool_tokenizer, tool_dataset,
 from torch.distributed.tensor import DTensor
 from trl_runs import ALWAYS_SPECULATE, PROMPTS, Recorder, make_dataset, make_model, make_trainer, train
 
-from trl_selfspec import SelfSpecEngine, SelfSpecGRPOTrainer, following
-from trl_selfspec.following import autocast_dtype, fsdp_param_dtype
+from trl_selfspec import SelfSpecEngine, SelfSpecGRPOTrainer
 from trl_selfspec.policy.replica import Mirror, UnsupportedModelError
 from trl_selfspec.policy.sharding import fingerprint, gathered, gathered_partitions
+from trl_selfspec.trainer import engine_sync as following
+from trl_selfspec.trainer.engine_sync import autocast_dtype, fsdp_param_dtype
 
 
 # Groups of 4 over ranks of 6 rows: the second group of each generation lies on both.

@@ -92,7 +92,7 @@ def test_floors_import_only_downward(path: Path) -> None:
         ("quantize.py", "def f():\n    from trl_selfspec.policy.replica import build", "of floor 2"),
         ("engine.py", "from . import trainer", "of floor 3"),
         ("engine.py", "from trl_selfspec import trainer", "of floor 3"),
-        ("engine.py", "import trl_selfspec.config as c", "of floor 3"),
+        ("engine.py", "import trl_selfspec.trainer.config as c", "of floor 3"),
         ("kernels/cpu.py", "from ..engine import SelfSpecEngine", "of floor 2"),
         ("engine.py", "from trl.trainer import grpo_trainer", "of floor 3"),
         ("rounds.py", "def f():\n    import triton", "only kernels/ may"),

@@ -9,7 +9,7 @@ import pytest
 from trl import GRPOConfig, TrlParser
 
 from trl_selfspec import SelfSpecGRPOConfig, SelfSpecOptions
-from trl_selfspec.config import SelfSpecConfigMixin
+from trl_selfspec.trainer.config import SelfSpecConfigMixin
 
 
 OWN_FIELDS = {field.name: field for field in dataclasses.fields(SelfSpecConfigMixin)}

@@ -27,8 +27,8 @@ from trl_runs import (
 )
 
 from trl_selfspec import SelfSpecEngine, SelfSpecMixin
-from trl_selfspec.fallbacks import input_reason
 from trl_selfspec.policy.replica import Mirror
+from trl_selfspec.trainer.fallback import input_reason
 
 
 def test_switched_off_it_is_stock_trl_bit_for_bit(tmp_path: Path) -> None:
@@ -96,11 +96,11 @@ def test_what_the_engine_cannot_honour_is_generated_by_trl_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, generation_kwargs: dict[str, Any], reason: str
 ) -> None:
     """A parameter dropped in silence trains on samples of another law."""
-    with caplog.at_level(logging.WARNING, logger="trl_selfspec.mixin"):
+    with caplog.at_level(logging.WARNING, logger="trl_selfspec.trainer.mixin"):
         log = train(make_trainer(tmp_path, generation_kwargs=generation_kwargs))
     assert [entry["selfspec/fallback"] for entry in log] == [1, 1]
     assert "selfspec/alpha" not in log[0]
-    warnings = [record.getMessage() for record in caplog.records if record.name == "trl_selfspec.mixin"]
+    warnings = [record.getMessage() for record in caplog.records if record.name == "trl_selfspec.trainer.mixin"]
     assert len(warnings) == 1
     assert reason in warnings[0]
 
@@ -110,10 +110,10 @@ def test_a_model_the_engine_cannot_mirror_is_generated_by_trl_and_named(
 ) -> None:
     """An unsupported architecture must train as it would with TRL, not end in an error from inside the engine."""
     model = make_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0})
-    with caplog.at_level(logging.WARNING, logger="trl_selfspec.mixin"):
+    with caplog.at_level(logging.WARNING, logger="trl_selfspec.trainer.mixin"):
         log = train(make_trainer(tmp_path, model=model))
     assert [entry["selfspec/fallback"] for entry in log] == [1, 1]
-    (warning,) = [record.getMessage() for record in caplog.records if record.name == "trl_selfspec.mixin"]
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "trl_selfspec.trainer.mixin"]
     assert "dynamic" in warning
 
 
@@ -133,11 +133,11 @@ def test_a_policy_with_a_generate_of_its_own_is_generated_by_it(
     reward = Recorder()
     peft_config = LoraConfig(r=4, task_type="CAUSAL_LM") if lora else None
     trainer = make_trainer(tmp_path, model=model, reward=reward, trainer_kwargs={"peft_config": peft_config})
-    with caplog.at_level(logging.WARNING, logger="trl_selfspec.mixin"):
+    with caplog.at_level(logging.WARNING, logger="trl_selfspec.trainer.mixin"):
         log = train(trainer)
     assert [entry["selfspec/fallback"] for entry in log] == [1, 1]
     assert all(ids == [7, 7] for call in reward.completion_ids for ids in call)
-    (warning,) = [record.getMessage() for record in caplog.records if record.name == "trl_selfspec.mixin"]
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "trl_selfspec.trainer.mixin"]
     assert "`generate`" in warning
 
 

@@ -12,11 +12,11 @@ from tiny_models import tiny_model
 from transformers import TrainerCallback
 from trl_runs import ALWAYS_SPECULATE, Recorder, make_model, make_trainer, train
 
-from trl_selfspec.checkpointing import STATE_FILE
 from trl_selfspec.engine import engine as engines
 from trl_selfspec.engine.engine import SelfSpecEngine
-from trl_selfspec.mixin import FALLBACK_WARNING
 from trl_selfspec.policy.replica import Mirror
+from trl_selfspec.trainer.metrics import STATE_FILE
+from trl_selfspec.trainer.mixin import FALLBACK_WARNING
 
 
 LOGP = "sampling/sampling_logp_difference/max"
@@ -25,8 +25,8 @@ LOGP = "sampling/sampling_logp_difference/max"
 @pytest.fixture
 def warnings(caplog: pytest.LogCaptureFixture) -> Any:
     """What the trainer has warned of so far."""
-    caplog.set_level(logging.WARNING, logger="trl_selfspec.mixin")
-    return lambda: [record.getMessage() for record in caplog.records if record.name == "trl_selfspec.mixin"]
+    caplog.set_level(logging.WARNING, logger="trl_selfspec.trainer.mixin")
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "trl_selfspec.trainer.mixin"]
 
 
 def out_of_memory(*args: Any, **kwargs: Any) -> Any:
@@ -142,8 +142,8 @@ def test_a_doubt_without_ground_changes_nothing(
     checks: list[SelfSpecEngine] = []
     check = SelfSpecEngine.check
     monkeypatch.setattr(SelfSpecEngine, "check", lambda self: [checks.append(self), check(self)])
-    monkeypatch.setattr("trl_selfspec.following.LEAST_DOUBT", -1.0)
-    monkeypatch.setattr("trl_selfspec.following.DOUBT_IN_NOISES", 0.0)
+    monkeypatch.setattr("trl_selfspec.trainer.engine_sync.LEAST_DOUBT", -1.0)
+    monkeypatch.setattr("trl_selfspec.trainer.engine_sync.DOUBT_IN_NOISES", 0.0)
     trainer = make_trainer(tmp_path, max_steps=2, **ALWAYS_SPECULATE)
     log = train(trainer)
     assert [entry["selfspec/fallback"] for entry in log] == [0, 0]

@@ -20,7 +20,7 @@ from trl_runs import (
 
 from trl_selfspec import SelfSpecGRPOTrainer
 from trl_selfspec.engine.rollout import Progress
-from trl_selfspec.reporting import RolloutBar
+from trl_selfspec.trainer.metrics import RolloutBar
 
 
 BF16_LOGP_TOLERANCE = 0.1  # same, in bf16: 2-3 significant digits of a log-probability of a few nats

@@ -22,11 +22,10 @@ from trl_runs import (
 )
 
 from trl_selfspec import SelfSpecEngine, SelfSpecGRPOTrainer
-from trl_selfspec.checkpointing import STATE_FILE
 from trl_selfspec.engine import engine as engines
-from trl_selfspec.model_card import rollout_section
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.reporting import Tally
+from trl_selfspec.trainer.metrics import STATE_FILE, Tally
+from trl_selfspec.trainer.model_card import rollout_section
 
 
 class _Watched(SelfSpecGRPOTrainer):
@@ -155,7 +154,7 @@ def test_the_controller_comes_back_from_a_checkpoint(tmp_path: Path, caplog: pyt
     assert json.loads(json.dumps(fresh._engine.state_dict())) != saved["engine"]
 
     path.unlink()
-    with caplog.at_level(logging.WARNING, logger="trl_selfspec.mixin"):
+    with caplog.at_level(logging.WARNING, logger="trl_selfspec.trainer.mixin"):
         fresh.train(resume_from_checkpoint=str(path.parent))
     assert [STATE_FILE in record.getMessage() for record in caplog.records if "selfspec" in record.name] == [True]
     assert fresh.state.global_step == 2

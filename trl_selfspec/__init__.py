@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from .config import SelfSpecConfigMixin, SelfSpecGRPOConfig, SelfSpecRLOOConfig
     from .control.stats import RolloutStats
     from .engine.custom_generate import SelfSpecGenerate
     from .engine.engine import SelfSpecEngine
-    from .mixin import SelfSpecMixin
     from .options import SelfSpecOptions
-    from .trainer import SelfSpecGRPOTrainer, SelfSpecRLOOTrainer
+    from .trainer.config import SelfSpecConfigMixin, SelfSpecGRPOConfig, SelfSpecRLOOConfig
+    from .trainer.mixin import SelfSpecMixin
+    from .trainer.trainers import SelfSpecGRPOTrainer, SelfSpecRLOOTrainer
 
 __version__ = "0.1.0"
 __all__ = [

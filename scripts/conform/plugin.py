@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from trl.trainer import grpo_config, grpo_trainer
 
 from trl_selfspec import SelfSpecEngine, SelfSpecGRPOConfig, SelfSpecGRPOTrainer, SelfSpecMixin
-from trl_selfspec.mixin import FALLBACK_WARNING
+from trl_selfspec.trainer.mixin import FALLBACK_WARNING
 
 
 CLASSES = ("stock", "ours")

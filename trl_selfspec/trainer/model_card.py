@@ -5,7 +5,7 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.reporting import Tally
+from trl_selfspec.trainer.metrics import Tally
 
 
 PAPER_ID = "2606.18967"

@@ -20,16 +20,15 @@ from trl import GRPOTrainer
 from trl.extras.profiling import profiling_context
 from trl.trainer.utils import get_config_model_id
 
-from trl_selfspec.checkpointing import STATE_FILE, read_state, write_state
-from trl_selfspec.config import SelfSpecConfigMixin
 from trl_selfspec.control.stats import RolloutStats
 from trl_selfspec.engine.engine import SelfSpecEngine
-from trl_selfspec.fallbacks import input_reason, length_reason, policy_reason, sharding_reason
-from trl_selfspec.following import PolicyFollower
-from trl_selfspec.model_card import complete_model_card
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.policy.peft_weights import base_model
-from trl_selfspec.reporting import RolloutBar, Tally
+from trl_selfspec.trainer.config import SelfSpecConfigMixin
+from trl_selfspec.trainer.engine_sync import PolicyFollower
+from trl_selfspec.trainer.fallback import input_reason, length_reason, policy_reason, sharding_reason
+from trl_selfspec.trainer.metrics import STATE_FILE, RolloutBar, Tally, read_state, write_state
+from trl_selfspec.trainer.model_card import complete_model_card
 
 
 logger = logging.get_logger(__name__)

@@ -6,9 +6,9 @@ import torch
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from trl_selfspec.config import SelfSpecGRPOConfig, SelfSpecRLOOConfig
-from trl_selfspec.mixin import SelfSpecMixin
-from trl_selfspec.reporting import gathered_difference
+from trl_selfspec.trainer.config import SelfSpecGRPOConfig, SelfSpecRLOOConfig
+from trl_selfspec.trainer.metrics import gathered_difference
+from trl_selfspec.trainer.mixin import SelfSpecMixin
 
 
 class SelfSpecGRPOTrainer(SelfSpecMixin, GRPOTrainer):

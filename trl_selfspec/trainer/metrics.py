@@ -1,5 +1,7 @@
-"""What a trainer shows about its rollouts: the counters of several turns and ranks, and a progress bar."""
+"""What a trainer reports of its rollouts: counters over turns and ranks, the checkpoint's copy, a progress bar."""
 
+import json
+import os
 import time
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -11,6 +13,9 @@ from tqdm import tqdm
 
 from trl_selfspec.control.stats import RolloutStats
 from trl_selfspec.engine.rollout import Progress
+
+
+STATE_FILE = "selfspec_state.json"  # in a checkpoint, beside TRL's files
 
 
 @dataclass
@@ -84,6 +89,21 @@ def gathered_difference(
     if count.sum() == 0:
         return {}
     return {"mean": (total.sum() / count.sum()).item(), "max": largest.max().item()}
+
+
+def write_state(folder: str, engine_state: dict[str, Any], run: Tally) -> None:
+    with open(os.path.join(folder, STATE_FILE), "w", encoding="utf-8") as file:
+        json.dump({"engine": engine_state, "run": run.to_vector()}, file)
+
+
+def read_state(folder: str) -> tuple[dict[str, Any], Tally] | None:
+    """Engine state and counters; `None` if `folder` is a checkpoint of another trainer."""
+    path = os.path.join(folder, STATE_FILE)
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        state = json.load(file)
+    return state["engine"], Tally.from_vector(state["run"])
 
 
 class RolloutBar:

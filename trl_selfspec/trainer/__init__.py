@@ -1,0 +1,1 @@
+"""GRPO and RLOO in TRL with the engine's rollouts; the only folder that imports trl."""
