@@ -1,118 +1,159 @@
-"""Floors import only downward, and importing the package stays cheap. Read from the syntax tree: nothing is run."""
+"""Folders import only from the folders below them. Read from the syntax tree: nothing is run.
+
+All imports count, those inside functions and under TYPE_CHECKING too. `docs/architecture.md` draws the same order.
+"""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 
 PACKAGE = Path(__file__).parents[1] / "trl_selfspec"
-FLOORS = tuple(
-    set(names.split())
-    for names in (
-        "sampling rejection stats estimates controller options timing scheduler transfer",
-        "quantize backends choosing kernels verification",
-        "law sharding adapters cache kept admission attention layers mirror drafter forms graphs rounds memory "
-        "requests rollout selfcheck engine generation",
-        "config fallbacks reporting following checkpointing mixin trainer model_card",
-    )
-)
-FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
-LOWEST_FLOOR = {"optimum": 1, "transformers": 2, "peft": 2, "accelerate": 3, "datasets": 3, "trl": 3}
-KERNEL_ONLY = {"triton", "humming"}
-TRITON_MODULES = "trl_selfspec.kernels.triton."  # import triton when they are imported, which is therefore done late
+# From the ground up. A folder may import from itself and from what stands before it.
+FOLDERS = ["utils", "options", "kernels", "control", "sampling", "kv_cache", "policy", "drafter", "engine", "trainer"]
+# A third party's package, and the lowest of our folders that may import it; any other may be imported anywhere.
+LOWEST = {
+    "triton": "kernels",
+    "humming": "kernels",
+    "optimum": "kernels",
+    "transformers": "sampling",
+    "peft": "policy",
+}
+LOWEST |= dict.fromkeys(("accelerate", "datasets", "trl"), "trainer")
+NO_TORCH = {"options", "control"}
+KERNELS_ONLY = {"triton", "humming"}  # and never eagerly: importing them costs seconds, or fails
+TRITON_FILES = "kernels.triton."  # import triton when they are imported, which is therefore done late
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 
 
-def _imports(tree: ast.AST, path: Path) -> list[str]:
-    """Absolute dotted name of everything imported below `tree`; `from . import a` counts as an import of `a`."""
-    found, package = [], ("trl_selfspec", *path.relative_to(PACKAGE).parent.parts)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else ()
-            base = ".".join([*above, *filter(None, [node.module])])
-            ours = base.split(".")[0] == PACKAGE.name
-            found += [f"{base}.{alias.name}" for alias in node.names] if ours else [base]
-    return found
+def _imports(node: ast.AST, eager: bool = False) -> Iterator[str]:
+    """Dotted names of what is imported below `node`; if `eager`, of what is imported with the module itself."""
+    if eager and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        return
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "imports are absolute"
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    for child in ast.iter_child_nodes(node):
+        yield from _imports(child, eager)
 
 
-def _eager_imports(node: ast.AST, path: Path) -> list[str]:
-    """Imports that run when the module is imported: everything outside functions."""
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-        return []
-    if isinstance(node, ast.Import | ast.ImportFrom):
-        return _imports(node, path)
-    return [name for child in ast.iter_child_nodes(node) for name in _eager_imports(child, path)]
-
-
-def _floor(name: str) -> int:
-    """Floor of an absolute dotted name; a name of this package without one counts as the highest."""
-    top, _, rest = name.partition(".")
-    return FLOOR_OF.get(rest.split(".")[0], len(FLOORS)) if top == PACKAGE.name else LOWEST_FLOOR.get(top, 0)
-
-
-def _violations(path: Path, source: str) -> list[str]:
-    """What `source` would break if it were the package's file `path`."""
-    own = path.relative_to(PACKAGE).with_suffix("").parts[0]
-    if own not in FLOOR_OF:
-        return [f"{path.name} belongs to no floor: add it to FLOORS"]
-    tree, floor = ast.parse(source), FLOOR_OF[own]
-    imports = _imports(tree, path)
-    problems = [f"{path.name} of floor {floor} imports {n} of floor {_floor(n)}" for n in imports if _floor(n) > floor]
-    problems += [f"{path.name} imports {n}: only kernels/ may" for n in imports if _is_kernel(n) and own != "kernels"]
-    if _is_triton(path):
-        return problems
-    return problems + [f"{path.name} imports {n} eagerly" for n in _eager_imports(tree, path) if _is_kernel(n)]
+def _own(name: str) -> str | None:
+    """The name below the package, if it is one of the package's."""
+    return name.removeprefix(f"{PACKAGE.name}.") if name.startswith(f"{PACKAGE.name}.") else None
 
 
 def _is_kernel(name: str) -> bool:
-    """Whether importing `name` imports triton or humming: a module of ours that does counts as triton itself."""
-    return name.split(".")[0] in KERNEL_ONLY or name.startswith(TRITON_MODULES)
+    return name.split(".")[0] in KERNELS_ONLY or (_own(name) or "").startswith(TRITON_FILES)
 
 
-def _is_triton(path: Path) -> bool:
-    return ".".join([PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts]).startswith(TRITON_MODULES)
+def _violations(file: str, source: str) -> list[str]:
+    """What `source` would break if it were the package's file `file`."""
+    folder, module = file.split("/")[0].removesuffix(".py"), file.removesuffix(".py").replace("/", ".")
+    if folder not in FOLDERS:
+        return [f"{file} is in no folder: add it to FOLDERS"]
+    floor, tree, problems = FOLDERS.index(folder), ast.parse(source), []
+    for name in _imports(tree):
+        target = (_own(name) or "").split(".")[0]
+        if target and (target not in FOLDERS or FOLDERS.index(target) > floor):
+            problems.append(f"{file} imports {name}, which stands above it")
+        top = name.split(".")[0]
+        if (top in LOWEST and FOLDERS.index(LOWEST[top]) > floor) or (top in KERNELS_ONLY and folder != "kernels"):
+            problems.append(f"{file} imports {name}: only {LOWEST[top]}/ may, or what stands above it")
+        if top == "torch" and folder in NO_TORCH:
+            problems.append(f"{file} imports {name}: this folder needs no torch")
+    if not module.startswith(TRITON_FILES):
+        problems += [f"{file} imports {name} eagerly" for name in _imports(tree, eager=True) if _is_kernel(name)]
+    return problems
+
+
+def _circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """The modules of each circle: those that reach themselves."""
+
+    def reached(start: str) -> set[str]:
+        found: set[str] = set()
+        waiting = [start]
+        while waiting:
+            new = imports.get(waiting.pop(), set()) - found
+            found |= new
+            waiting += new
+        return found
+
+    everything = {module: reached(module) for module in imports}
+    return [
+        [a, *sorted(b for b in everything[a] if a in everything[b] and b != a)] for a in imports if a in everything[a]
+    ]
+
+
+def _module_graph() -> dict[str, set[str]]:
+    """Which of the package's files each file imports."""
+    modules = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in FILES}
+    graph = {}
+    for module, path in modules.items():
+        names = [_own(name) for name in _imports(ast.parse(path.read_text()))]
+        targets = {candidate for name in names if name for candidate in (name, name.rpartition(".")[0])}
+        graph[module] = targets & set(modules) - {module}
+    return graph
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_floors_import_only_downward(path: Path) -> None:
+def test_folders_import_only_downward(path: Path) -> None:
     """An upward import makes the engine need a trainer, or the algebra need transformers."""
-    assert _violations(path, path.read_text()) == []
+    assert _violations(path.relative_to(PACKAGE).as_posix(), path.read_text()) == []
+
+
+def test_no_circle() -> None:
+    """Two files that import each other, even late, are one file that nobody can read in order."""
+    assert _circles(_module_graph()) == []
+
+
+def test_the_drawn_order_is_this_one() -> None:
+    """A picture that is not the code's misleads who reads it first."""
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    drawn = [
+        line.split("`")[1].rstrip("/").removesuffix(".py") for line in text.splitlines() if line.startswith("| `")
+    ]
+    assert drawn == FOLDERS[::-1]
 
 
 @pytest.mark.parametrize(
     ("file", "source", "message"),
     [
-        ("sampling.py", "import transformers", "of floor 2"),
-        ("stats.py", "from .engine import SelfSpecEngine", "of floor 2"),
-        ("quantize.py", "def f():\n    from trl_selfspec.policy.replica import build", "of floor 2"),
-        ("engine.py", "from . import trainer", "of floor 3"),
-        ("engine.py", "from trl_selfspec import trainer", "of floor 3"),
-        ("engine.py", "import trl_selfspec.trainer.config as c", "of floor 3"),
-        ("kernels/cpu.py", "from ..engine import SelfSpecEngine", "of floor 2"),
-        ("engine.py", "from trl.trainer import grpo_trainer", "of floor 3"),
-        ("rounds.py", "def f():\n    import triton", "only kernels/ may"),
-        ("kernels/gpu.py", "try:\n    import triton.language as tl\nexcept ImportError:\n    tl = None", "eagerly"),
-        ("kernels/gpu.py", "from trl_selfspec.kernels.triton import attention", "eagerly"),
-        ("kernels/gpu.py", "from .cuda.attention import attend", "eagerly"),
-        ("attention.py", "def f():\n    from trl_selfspec.kernels.triton import attention", "only kernels/ may"),
-        ("novel.py", "", "belongs to no floor"),
+        ("sampling/rng.py", "import peft", "only policy/ may"),
+        ("control/stats.py", "from trl_selfspec.engine.engine import SelfSpecEngine", "stands above"),
+        ("control/stats.py", "def f():\n    import torch", "needs no torch"),
+        ("kernels/linear.py", "def f():\n    from trl_selfspec.policy import replica", "stands above"),
+        ("kernels/linear.py", "if TYPE_CHECKING:\n    from trl_selfspec.sampling.rng import Purpose", "stands above"),
+        ("engine/engine.py", "from trl_selfspec import trainer", "stands above"),
+        ("engine/engine.py", "import trl_selfspec.trainer.config as c", "stands above"),
+        ("engine/engine.py", "from trl.trainer import grpo_trainer", "only trainer/ may"),
+        ("engine/rollout.py", "def f():\n    import triton", "only kernels/ may"),
+        ("kernels/linear.py", "try:\n    import triton.language as tl\nexcept ImportError:\n    tl = None", "eagerly"),
+        ("kernels/linear.py", "from trl_selfspec.kernels.triton.attention import attend", "eagerly"),
+        ("novel.py", "", "in no folder"),
+        ("novel/file.py", "", "in no folder"),
     ],
 )
 def test_a_bad_import_is_caught(file: str, source: str, message: str) -> None:
     """Negative control: a rule that never fails protects nothing."""
-    assert any(message in problem for problem in _violations(PACKAGE / file, source))
+    assert any(message in problem for problem in _violations(file, source))
+
+
+def test_a_circle_is_caught() -> None:
+    """Negative control, with a file beside the circle that is in none."""
+    assert _circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == [["b", "c"], ["c", "b"]]
 
 
 def test_allowed_imports_pass() -> None:
     """The rule must not push authors into workarounds."""
-    source = "import torch\nfrom ..options import SelfSpecOptions\nfrom .twin import f\ndef g():\n    import triton"
-    assert _violations(PACKAGE / "kernels/gpu.py", source) == []
-    assert _violations(PACKAGE / "kernels/triton/novel.py", "import triton\nimport triton.language as tl") == []
+    source = "import torch\nfrom trl_selfspec.options import SelfSpecOptions\ndef g():\n    import triton"
+    assert _violations("kernels/linear.py", source) == []
+    assert _violations("kernels/triton/novel.py", "import triton\nimport triton.language as tl") == []
 
 
 def test_importing_the_package_is_cheap() -> None:

@@ -31,16 +31,16 @@ __all__ = [
 ]
 
 _MODULES = {
-    "RolloutStats": ".stats",
-    "SelfSpecConfigMixin": ".config",
-    "SelfSpecEngine": ".engine",
-    "SelfSpecGRPOConfig": ".config",
-    "SelfSpecGRPOTrainer": ".trainer",
-    "SelfSpecGenerate": ".generation",
-    "SelfSpecMixin": ".mixin",
+    "RolloutStats": ".control.stats",
+    "SelfSpecConfigMixin": ".trainer.config",
+    "SelfSpecEngine": ".engine.engine",
+    "SelfSpecGRPOConfig": ".trainer.config",
+    "SelfSpecGRPOTrainer": ".trainer.trainers",
+    "SelfSpecGenerate": ".engine.custom_generate",
+    "SelfSpecMixin": ".trainer.mixin",
     "SelfSpecOptions": ".options",
-    "SelfSpecRLOOConfig": ".config",
-    "SelfSpecRLOOTrainer": ".trainer",
+    "SelfSpecRLOOConfig": ".trainer.config",
+    "SelfSpecRLOOTrainer": ".trainer.trainers",
 }
 
 

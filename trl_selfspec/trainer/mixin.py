@@ -1,7 +1,7 @@
 """Rollouts from [`SelfSpecEngine`] for any TRL trainer that generates with its policy.
 
 `SelfSpecMixin` overrides where tokens come from and reports how that went; rewards, advantages, loss and optimisation
-stay TRL's. Private names of TRL's are used here and, for GRPO's loss, in `trainer.py`; `tests/test_trl_seams.py`
+stay TRL's. Private names of TRL's are used here and, for GRPO's loss, in `trainer.py`; `tests/trainer/test_trl_seams.py`
 checks the signatures they have and says which one moved.
 """
 

@@ -39,7 +39,7 @@ from trl_selfspec import (
 )
 
 
-DOCUMENT = (Path(__file__).parents[1] / "docs" / "subclassing.md").read_text()
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "subclassing.md").read_text()
 RLOO: dict[str, Any] = {"trainer_class": SelfSpecRLOOTrainer, "config_class": SelfSpecRLOOConfig, "beta": 0.0}
 STOCK_RLOO: dict[str, Any] = {"trainer_class": RLOOTrainer, "config_class": RLOOConfig, "beta": 0.0}
 METRICS = ["alpha", "acceptance_rate", "tokens_per_s", "rollout_s", "rollout_step_fraction"]

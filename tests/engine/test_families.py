@@ -22,7 +22,7 @@ from trl_selfspec.kv_cache.attention import IMPLEMENTATION, selfspec_attention
 from trl_selfspec.policy.replica import Mirror
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCUMENTED = ROOT / "docs" / "models.md"
 EQUAL = [
     "afmoe",  # takes views of what attention returns

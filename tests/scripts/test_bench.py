@@ -30,7 +30,7 @@ from trl_runs import make_tokenizer
 from trl_selfspec.control.stats import RolloutStats
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -151,7 +151,7 @@ def test_private_names_of_trl_are_used_in_the_trainers_alone() -> None:
 
 def test_the_installed_trl_is_the_one_that_is_pinned() -> None:
     """Everything above was checked against one minor release; a wider pin promises more."""
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     (specifier,) = [r.specifier for r in map(Requirement, project["dependencies"]) if r.name == "trl"]
     assert trl.__version__ in specifier
     major, minor = map(int, trl.__version__.split(".")[:2])

@@ -17,7 +17,7 @@ from launching import ACCELERATE, run_to_end
 from trl.rewards import accuracy_reward
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ACCELERATE_CONFIGS = sorted((ROOT / "recipes" / "accelerate_configs").rglob("*.yaml"))
 RECIPES = sorted(set((ROOT / "recipes").rglob("*.yaml")) - set(ACCELERATE_CONFIGS))
 
