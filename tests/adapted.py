@@ -41,7 +41,7 @@ def adapted(
 
 
 def snapshot(policy: nn.Module) -> dict[str, Any]:
-    """All of a policy that a mirror must leave as it was, bit for bit."""
+    """All of a policy that a replica must leave as it was, bit for bit."""
     tensors = [*policy.named_parameters(remove_duplicate=False), *policy.named_buffers(remove_duplicate=False)]
     return {
         name: (tensor.data_ptr(), tensor._version, tensor.requires_grad, _bytes(tensor)) for name, tensor in tensors

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from trl_runs import ALWAYS_SPECULATE, PROMPTS, Recorder, make_dataset, make_model, make_trainer, train
 
 from trl_selfspec import SelfSpecEngine, SelfSpecGRPOTrainer
-from trl_selfspec.policy.replica import Mirror, UnsupportedModelError
+from trl_selfspec.policy.replica import PolicyReplica, UnsupportedModelError
 from trl_selfspec.policy.sharding import fingerprint, gathered, gathered_partitions
 from trl_selfspec.trainer import engine_sync as following
 from trl_selfspec.trainer.engine_sync import autocast_dtype, fsdp_param_dtype
@@ -172,12 +172,12 @@ def unsupported_on_one_rank(folder: Path) -> dict[str, Any]:
 
 def without_refresh(folder: Path) -> dict[str, Any]:
     """Negative control: an engine that stays at the first weights."""
-    refresh, stale = SelfSpecEngine.refresh, Mirror.stale
-    SelfSpecEngine.refresh, Mirror.stale = lambda engine, draft=True: None, False  # type: ignore[method-assign,assignment]
+    refresh, stale = SelfSpecEngine.refresh, PolicyReplica.stale
+    SelfSpecEngine.refresh, PolicyReplica.stale = lambda engine, draft=True: None, False  # type: ignore[method-assign,assignment]
     try:
         return run(folder, max_steps=2)
     finally:
-        SelfSpecEngine.refresh, Mirror.stale = refresh, stale  # type: ignore[method-assign]
+        SelfSpecEngine.refresh, PolicyReplica.stale = refresh, stale  # type: ignore[method-assign]
 
 
 def with_lora(folder: Path) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def ended(folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def bf16_law(folder: Path) -> dict[str, Any]:
-    """Largest distance of the mirror's logits from the sharded policy's, with and without FSDP's cast."""
+    """Largest distance of the replica's logits from the sharded policy's, with and without FSDP's cast."""
     AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model = make_model()
@@ -212,9 +212,9 @@ def bf16_law(folder: Path) -> dict[str, Any]:
     expected = policy.eval()(input_ids=tokens).logits.float()
     distance = {}
     for name, param_dtype in {"cast": fsdp_param_dtype(accelerator), "uncast": None}.items():
-        mirror = Mirror(policy, autocast_dtype(accelerator), param_dtype)
-        own = type(model)(model.config).eval()  # transformers' own modules with the mirror's tensors
-        for target, source in zip(own.parameters(), mirror.model.parameters(), strict=True):
+        replica = PolicyReplica(policy, autocast_dtype(accelerator), param_dtype)
+        own = type(model)(model.config).eval()  # transformers' own modules with the replica's tensors
+        for target, source in zip(own.parameters(), replica.model.parameters(), strict=True):
             target.data = source
         with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
             distance[name] = (own(input_ids=tokens).logits.float() - expected).abs().max().item()

@@ -93,11 +93,11 @@ def left_padded(prompts: list[list[int]], pad: int = 0) -> dict[str, torch.Tenso
 @torch.no_grad()
 def spoil(engine: SelfSpecEngine, noise: float, seed: int = 0) -> None:
     """Gives the engine a drafter of perturbed weights, `noise` times their own size, until its next `refresh`."""
-    mirror = engine._mirror
-    drafter = make_drafter(mirror, engine.draft_qtype, engine.options.quantize_lm_head)
+    replica = engine._replica
+    drafter = make_drafter(replica, engine.draft_qtype, engine.options.quantize_lm_head)
     generator = torch.Generator().manual_seed(seed)
     for name, module in quantized_layers(drafter):
-        weight = mirror.model.get_submodule(name).weight
+        weight = replica.model.get_submodule(name).weight
         error = torch.randn(weight.shape, generator=generator).to(weight)
         module.requantize_(weight + noise * weight.std() * error)
     engine._drafter, engine._drafter_version = drafter, engine._wanted_version

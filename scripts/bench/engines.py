@@ -19,7 +19,7 @@ from trl_selfspec.drafter.drafter import requantize
 from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.sampling.ops import Outcome
-from trl_selfspec.sampling.samplers import RejectionVerification
+from trl_selfspec.sampling.samplers import RejectionSampler
 
 
 ENGINES = ("stock", "continuous", "vllm", "plain", "selfspec")  # slowest first, roughly: the order of ratios
@@ -119,7 +119,7 @@ class ContinuousEngine:
         return [results[name] for name in names]
 
 
-class SyntheticVerification(RejectionVerification):
+class SyntheticVerification(RejectionSampler):
     """Does the real verification's work, then accepts each draft with one fixed probability instead of its verdict.
 
     Lots are drawn ahead: on a GPU, each small operation within a round would add to what verifying seems to cost.
@@ -192,7 +192,7 @@ class OwnEngine:
         seconds = []
         for _ in range(repeats):
             with Stopwatch(self.model.device) as watch:
-                requantize(drafter, self.engine._mirror)
+                requantize(drafter, self.engine._replica)
             seconds.append(watch.seconds)
         self.model.requires_grad_(False)
         return seconds

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from trl_selfspec.drafter.drafter import LiveLoraLinear, QuantizedRows, drafter_bytes, make_drafter, requantize
 from trl_selfspec.drafter.quantized_linear import QuantizedLinear
 from trl_selfspec.policy import peft_weights as adapters
-from trl_selfspec.policy.replica import Mirror
+from trl_selfspec.policy.replica import PolicyReplica
 
 
 FP32_TOLERANCE = 1e-4
@@ -39,17 +39,17 @@ def requantized(monkeypatch: pytest.MonkeyPatch) -> list[QuantizedLinear]:
 def test_only_layers_that_changed_are_quantized_again(live: bool, requantized: list[QuantizedLinear]) -> None:
     """Prevents a refresh that quantizes frozen weights over and over, and one that skips what is trained."""
     policy = adapted(modules_to_save=["lm_head"], target_modules=["q_proj", "v_proj"])
-    mirror = Mirror(policy)
-    tree = make_drafter(mirror, "qint8", live_adapters=live)
-    requantize(tree, mirror)
+    replica = PolicyReplica(policy)
+    tree = make_drafter(replica, "qint8", live_adapters=live)
+    requantize(tree, replica)
     assert len(requantized) == 15
     requantized.clear()
     stir(policy, seed=5)
-    mirror.refresh()
-    requantize(tree, mirror)
+    replica.refresh()
+    requantize(tree, replica)
     assert len(requantized) == (1 if live else 5)
-    fresh = make_drafter(mirror, "qint8", live_adapters=live)
-    requantize(fresh, mirror)
+    fresh = make_drafter(replica, "qint8", live_adapters=live)
+    requantize(fresh, replica)
     assert all(map(torch.equal, codes(tree).values(), codes(fresh).values()))
     assert difference(draft_logits(tree), draft_logits(fresh)) == 0
 
@@ -57,10 +57,10 @@ def test_only_layers_that_changed_are_quantized_again(live: bool, requantized: l
 def test_trained_weights_are_always_quantized_again(requantized: list[QuantizedLinear]) -> None:
     """Prevents a drafter that stays behind an optimizer which writes past the version counters."""
     model = tiny_model("llama")
-    mirror = Mirror(model)
-    tree = make_drafter(mirror, "qint8")
+    replica = PolicyReplica(model)
+    tree = make_drafter(replica, "qint8")
     for _ in range(2):
-        requantize(tree, mirror)
+        requantize(tree, replica)
         model.lm_head.weight.data.add_(1.0)
     assert len(requantized) == 30
 
@@ -78,14 +78,14 @@ def draft_logits(tree: nn.Module) -> Tensor:
 def test_live_adapters_add_what_merging_adds(dtype: torch.dtype) -> None:
     """Prevents a drafter of the base model, or of the adapter of the step before."""
     policy = adapted(model_values={"dtype": dtype}, use_rslora=True)
-    mirror = Mirror(policy)
-    tree = make_drafter(mirror, "qint8", live_adapters=True)
-    requantize(tree, mirror)
+    replica = PolicyReplica(policy)
+    tree = make_drafter(replica, "qint8", live_adapters=True)
+    requantize(tree, replica)
     for seed in (5, 6):
         for name, layer in tree.named_modules():
             if isinstance(layer, LiveLoraLinear):
-                source = adapters.find_module(mirror.base, name)
-                merged = mirror.model.get_submodule(name).weight.float()
+                source = adapters.find_module(replica.base, name)
+                merged = replica.model.get_submodule(name).weight.float()
                 apart = layer.dequantize().float() + layer.up.float() @ layer.down.float()
                 rounding = (layer.dequantize().float() - source.base_layer.weight.float()).abs().max()
                 assert difference(apart, merged) < rounding + 0.02 * merged.abs().max()
@@ -93,23 +93,23 @@ def test_live_adapters_add_what_merging_adds(dtype: torch.dtype) -> None:
                 expected = x.float() @ apart.T + (0 if layer.bias is None else layer.bias.float())
                 assert difference(layer(x).float(), expected) < 0.02 * expected.abs().max()
         stir(policy, seed)
-        mirror.refresh()
-        requantize(tree, mirror)
+        replica.refresh()
+        requantize(tree, replica)
     assert any(isinstance(module, LiveLoraLinear) for module in tree.modules())
 
 
 def test_live_adapters_follow_switches(requantized: list[QuantizedLinear]) -> None:
     """Prevents a drafter with the adapter that was active before, or with its leftovers on top of a merged weight."""
     policy = two_adapters()
-    mirror = Mirror(policy)
-    tree = make_drafter(mirror, "qint8", live_adapters=True)
-    requantize(tree, mirror)
+    replica = PolicyReplica(policy)
+    tree = make_drafter(replica, "qint8", live_adapters=True)
+    requantize(tree, replica)
     for change in ("set_adapter", "scaled", "disabled", "enabled", "merged"):
         (SWITCHES | {"enabled": lambda policy: policy.base_model.enable_adapter_layers()})[change](policy)
-        mirror.refresh()
-        requantize(tree, mirror)
-        fresh = make_drafter(mirror, "qint8", live_adapters=True)
-        requantize(fresh, mirror)
+        replica.refresh()
+        requantize(tree, replica)
+        fresh = make_drafter(replica, "qint8", live_adapters=True)
+        requantize(fresh, replica)
         assert difference(draft_logits(tree), draft_logits(fresh)) < FP32_TOLERANCE, change
 
 
@@ -118,12 +118,12 @@ def test_the_engine_drafts_with_live_adapters() -> None:
     policy = adapted()
     engines = [speculating(policy) for _ in range(3)]
     for live, engine in zip((False, True, True), engines, strict=True):
-        engine._drafter = make_drafter(engine._mirror, engine.draft_qtype, live_adapters=live)
+        engine._drafter = make_drafter(engine._replica, engine.draft_qtype, live_adapters=live)
     expected, merged = greedy(engines[0])
     tokens, alpha = greedy(engines[1])
     assert tokens == expected
     assert alpha > merged - 0.1
-    requantize(engines[2]._drafter, engines[2]._mirror)
+    requantize(engines[2]._drafter, engines[2]._replica)
     for module in engines[2]._drafter.modules():
         if isinstance(module, LiveLoraLinear):
             module.up.neg_()
@@ -135,10 +135,10 @@ def test_the_engine_drafts_with_live_adapters() -> None:
 
 def test_live_adapters_count_as_the_drafters_memory() -> None:
     """Prevents a figure that leaves them out."""
-    mirror = Mirror(adapted())
-    merged, live = (make_drafter(mirror, "qint8", live_adapters=flag) for flag in (False, True))
+    replica = PolicyReplica(adapted())
+    merged, live = (make_drafter(replica, "qint8", live_adapters=flag) for flag in (False, True))
     for tree in (merged, live):
-        requantize(tree, mirror)
+        requantize(tree, replica)
     factors = [f for m in live.modules() if isinstance(m, LiveLoraLinear) for f in (m.down, m.up)]
     assert drafter_bytes(live) - drafter_bytes(merged) == sum(factor.nbytes for factor in factors) > 0
 

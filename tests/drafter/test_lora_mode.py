@@ -15,7 +15,7 @@ from trl_selfspec.drafter.drafter import LiveLoraLinear, make_drafter
 from trl_selfspec.drafter.lora_mode import FormChoice, FormCosts, form_costs, measured_choice
 from trl_selfspec.engine.engine import RolloutOutput, SelfSpecEngine
 from trl_selfspec.options import MAX_DRAFT_LENGTH, SelfSpecOptions
-from trl_selfspec.policy.replica import Mirror
+from trl_selfspec.policy.replica import PolicyReplica
 
 
 MERGED_IS_CHEAP, LIVE_IS_CHEAP = FormCosts(live_s=1.0, merged_s=1e-6), FormCosts(live_s=1e-6, merged_s=1.0)
@@ -79,9 +79,9 @@ def test_where_counts_alone_decide_the_form_stays() -> None:
     assert SelfSpecEngine(adapted(), SelfSpecOptions("qint8"))._form._by_cost
 
 
-def measured(mirror: Mirror, qtype: str, draft_steps: int) -> bool:
+def measured(replica: PolicyReplica, qtype: str, draft_steps: int) -> bool:
     """The form at the second refresh after so many draft steps of 4 rows."""
-    choice = measured_choice(mirror, qtype, by_cost=True)
+    choice = measured_choice(replica, qtype, by_cost=True)
     assert choice.live(False) is False
     choice.add(drafted(draft_steps, rows=4))
     return choice.live(False)
@@ -90,21 +90,21 @@ def measured(mirror: Mirror, qtype: str, draft_steps: int) -> bool:
 @pytest.mark.parametrize("values", [None, {"use_dora": True}])
 def test_without_adapters_that_may_stay_live_there_is_nothing_to_choose(values: dict[str, Any] | None) -> None:
     """Prevents a form that is chosen for layers that it does not fit, or measured where it can't be."""
-    mirror = Mirror(tiny_model("llama") if values is None else adapted(**values))
-    assert form_costs(mirror, "qint8", num_rows=4) is None
-    assert measured(mirror, "qint8", draft_steps=1) is False
+    replica = PolicyReplica(tiny_model("llama") if values is None else adapted(**values))
+    assert form_costs(replica, "qint8", num_rows=4) is None
+    assert measured(replica, "qint8", draft_steps=1) is False
 
 
 @pytest.mark.parametrize("qtype", ["qint4", "qint8"])
 def test_measured_costs_choose_both_forms(qtype: str) -> None:
     """Prevents a measurement that is the same whatever is measured: one draft step is not worth a quantization."""
-    mirror = Mirror(adapted())
-    costs = form_costs(mirror, qtype, num_rows=4)
+    replica = PolicyReplica(adapted())
+    costs = form_costs(replica, qtype, num_rows=4)
     assert costs is not None
     assert 0 < costs.live_s < 1
     assert 0 < costs.merged_s < 1
-    assert measured(mirror, qtype, draft_steps=1) is True
-    assert measured(mirror, qtype, draft_steps=10**6) is False
+    assert measured(replica, qtype, draft_steps=1) is True
+    assert measured(replica, qtype, draft_steps=10**6) is False
 
 
 def engine_with(policy: PeftModel, *costs: FormCosts, draft_length: int = 3) -> SelfSpecEngine:
@@ -181,12 +181,12 @@ def test_a_switch_keeps_what_the_drafter_shares() -> None:
         output = sample(engine)
         assert engine.draft_form == form
         own = {name: parameter.data_ptr() for name, parameter in engine._drafter.named_parameters()}
-        target = {name: parameter.data_ptr() for name, parameter in engine._mirror.model.named_parameters()}
+        target = {name: parameter.data_ptr() for name, parameter in engine._replica.model.named_parameters()}
         assert own
         assert own.items() <= target.items()
         factors = [f for m in engine._drafter.modules() if isinstance(m, LiveLoraLinear) for f in (m.down, m.up)]
         assert bool(factors) == (form == "live")
-        whole = make_drafter(engine._mirror, "qint8")
+        whole = make_drafter(engine._replica, "qint8")
         storages = sum(buffer.nbytes for m in whole.modules() if hasattr(m, "qtype") for buffer in m.buffers())
         assert engine.drafter_bytes == storages + sum(factor.nbytes for factor in factors)
         assert output.stats.drafter_bytes == engine.drafter_bytes

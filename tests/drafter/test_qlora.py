@@ -1,12 +1,12 @@
-"""Policies whose base is in 4 bits: the mirror is the law of the dequantized weights, adapters merged."""
+"""Policies whose base is in 4 bits: the replica is the law of the dequantized weights, adapters merged."""
 
 from typing import Any
 
 import pytest
 import torch
 from adapted import difference, snapshot, stir
-from mirrored import logits_of, policy_logits
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from replicas import logits_of, policy_logits
 from tiny_models import ragged_prompts, tiny_model
 from torch import nn
 from transformers import GenerationConfig
@@ -14,8 +14,8 @@ from transformers import GenerationConfig
 from trl_selfspec.drafter.drafter import make_drafter, requantize
 from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.policy import replica as mirror
-from trl_selfspec.policy.replica import Mirror, UnsupportedModelError
+from trl_selfspec.policy import replica as replica
+from trl_selfspec.policy.replica import PolicyReplica, UnsupportedModelError
 
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, which quantizes the base")
@@ -36,7 +36,7 @@ def in_4_bits(dtype: torch.dtype, adapter: dict[str, Any] | None = None, prepare
             )
             small.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
             small.bias = layer.bias
-            mirror._replace(model, name, small.to("cpu"))
+            replica._replace(model, name, small.to("cpu"))
     model.is_loaded_in_4bit = True
     if prepared:
         model = prepare_model_for_kbit_training(model)
@@ -49,7 +49,7 @@ def in_4_bits(dtype: torch.dtype, adapter: dict[str, Any] | None = None, prepare
 @pytest.mark.parametrize("autocast_dtype", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("prepared", [False, True], ids=["", "prepared"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_mirror_is_the_4_bit_policy(kind: str, prepared: bool, autocast_dtype: torch.dtype | None) -> None:
+def test_the_replica_is_the_4_bit_policy(kind: str, prepared: bool, autocast_dtype: torch.dtype | None) -> None:
     """Prevents codes that are read as weights, and the law of the weights before they were quantized."""
     policy = in_4_bits(torch.bfloat16, KINDS[kind], prepared)
     theirs, before = policy_logits(policy, autocast_dtype), snapshot(policy)
@@ -90,7 +90,7 @@ def test_the_engine_samples_from_a_4_bit_policy_and_follows_it() -> None:
 def test_live_adapters_run_on_the_dequantized_base() -> None:
     """Prevents a drafter of codes, or of the merged weight with the adapter on top once more."""
     policy = in_4_bits(torch.float32, {})
-    target = Mirror(policy)
+    target = PolicyReplica(policy)
     tree = make_drafter(target, "qint8", live_adapters=True)
     requantize(tree, target)
     layer = tree.get_submodule("model.layers.0.self_attn.q_proj")
@@ -104,6 +104,6 @@ def test_8_bit_layers_are_refused() -> None:
     """Prevents a law without the rounding of activations that is part of theirs."""
     model = tiny_model("qwen2")
     layer = bitsandbytes.nn.Linear8bitLt(64, 64, bias=True, has_fp16_weights=False)
-    mirror._replace(model, "model.layers.0.self_attn.q_proj", layer)
+    replica._replace(model, "model.layers.0.self_attn.q_proj", layer)
     with pytest.raises(UnsupportedModelError, match="Int8Params"):
-        Mirror(model)
+        PolicyReplica(model)

@@ -20,7 +20,7 @@ from trl_selfspec.drafter.drafter import (
 from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.kernels import triton_support as gpu
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.policy.replica import Mirror
+from trl_selfspec.policy.replica import PolicyReplica
 
 
 PAGE = 16
@@ -33,12 +33,12 @@ def _kernels_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     forced(monkeypatch)
 
 
-def drafter(mirror: Mirror, qtype: str = "qint8", joined: bool = True, live: bool = False) -> nn.Module:
+def drafter(replica: PolicyReplica, qtype: str = "qint8", joined: bool = True, live: bool = False) -> nn.Module:
     with pytest.MonkeyPatch.context() as patch:
         if not joined:
             patch.setattr(gpu, "runs_triton", lambda device: False)
-        tree = make_drafter(mirror, qtype, live_adapters=live)
-        requantize(tree, mirror)
+        tree = make_drafter(replica, qtype, live_adapters=live)
+        requantize(tree, replica)
         return tree
 
 
@@ -61,30 +61,30 @@ def dequantized(tree: nn.Module) -> dict[str, Tensor]:
 def test_joining_changes_no_code(qtype: str) -> None:
     """Scales belong to rows: a layer quantized with others is quantized as alone, after every change."""
     model = tiny_model("qwen2").to(DEVICE)
-    mirror = Mirror(model)
-    tree = drafter(mirror, qtype)
+    replica = PolicyReplica(model)
+    tree = drafter(replica, qtype)
     assert [len(parts) for parts in wholes(tree).values()] == [3, 2, 3, 2]
     for seed in (1, 2):
-        apart = dequantized(drafter(mirror, qtype, joined=False))
+        apart = dequantized(drafter(replica, qtype, joined=False))
         joined = dequantized(tree)
         assert joined.keys() == apart.keys()
         assert all(torch.equal(joined[name], apart[name]) for name in apart)
         scale_weights(model, seed)
-        mirror.refresh()
-        requantize(tree, mirror)
+        replica.refresh()
+        requantize(tree, replica)
 
 
 def test_a_joined_drafter_gives_what_its_modules_give() -> None:
     """Biases included, which are copied where the layer is not the policy's alone."""
     model = tiny_model("qwen2").to(DEVICE)
-    mirror = Mirror(model)
-    tree = drafter(mirror)
+    replica = PolicyReplica(model)
+    tree = drafter(replica)
     for seed in (1, 2):
         scale_weights(model, seed)
-        mirror.refresh()
-        requantize(tree, mirror)
+        replica.refresh()
+        requantize(tree, replica)
         actual = decoded(tree, 1, 2, PAGE)
-        apart = without_fast_forwards(drafter(mirror, joined=False))  # type: ignore[arg-type]
+        apart = without_fast_forwards(drafter(replica, joined=False))  # type: ignore[arg-type]
         assert relative_error(actual, decoded(apart, 1, 2, PAGE)) <= TOLERANCE
     biases = [whole.bias for whole in wholes(tree) if whole.bias is not None]
     assert len(biases) == 2
@@ -96,8 +96,8 @@ def test_a_joined_drafter_gives_what_its_modules_give() -> None:
 def test_a_part_is_quantized_when_it_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A LoRA policy trains some of the projections; and the drafter holds no byte more than apart, biases aside."""
     policy = adapted(target_modules=["q_proj", "v_proj"]).to(DEVICE)
-    mirror = Mirror(policy)
-    tree, calls = drafter(mirror), []
+    replica = PolicyReplica(policy)
+    tree, calls = drafter(replica), []
     original = QuantizedRows.requantize_
 
     def recorded(part: QuantizedRows, weight: Tensor, derive: bool = True) -> None:
@@ -106,22 +106,22 @@ def test_a_part_is_quantized_when_it_changed(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(QuantizedRows, "requantize_", recorded)
     stir(policy, seed=5)
-    mirror.refresh()
-    requantize(tree, mirror)
+    replica.refresh()
+    requantize(tree, replica)
     expected = [tree.get_submodule(f"model.layers.{i}.self_attn.{n}_proj") for i in range(2) for n in "qv"]
     assert calls == expected
     biases = sum(whole.bias.nbytes for whole in wholes(tree) if whole.bias is not None)
-    assert drafter_bytes(tree) == drafter_bytes(drafter(mirror, joined=False)) + biases
+    assert drafter_bytes(tree) == drafter_bytes(drafter(replica, joined=False)) + biases
 
 
 def test_layers_with_live_adapters_stay_alone() -> None:
     """Each has factors of its own."""
-    mirror = Mirror(adapted(target_modules=["q_proj", "v_proj"]).to(DEVICE))
-    tree = drafter(mirror, live=True)
+    replica = PolicyReplica(adapted(target_modules=["q_proj", "v_proj"]).to(DEVICE))
+    tree = drafter(replica, live=True)
     assert [len(parts) for parts in wholes(tree).values()] == [2, 2]
     assert sum(isinstance(module, LiveLoraLinear) for module in tree.modules()) == 4
     actual = decoded(tree, 1, 2, PAGE)
-    apart = without_fast_forwards(drafter(mirror, joined=False, live=True))  # type: ignore[arg-type]
+    apart = without_fast_forwards(drafter(replica, joined=False, live=True))  # type: ignore[arg-type]
     assert relative_error(actual, decoded(apart, 1, 2, PAGE)) <= TOLERANCE
 
 

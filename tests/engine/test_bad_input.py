@@ -228,7 +228,7 @@ def test_the_policy_is_left_as_it_was(model: PreTrainedModel, fails: bool) -> No
     else:
         engine.generate(PROMPTS, CONFIG, seed=0)
     assert state_of(model) == before
-    assert all(not parameter.requires_grad for parameter in engine._mirror.model.parameters())
+    assert all(not parameter.requires_grad for parameter in engine._replica.model.parameters())
 
 
 def test_the_engine_is_usable_after_a_failure(engine: SelfSpecEngine) -> None:

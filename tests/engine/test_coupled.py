@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec.engine.engine import RolloutOutput, SelfSpecEngine
-from trl_selfspec.engine.model_runner import RoundRunner
+from trl_selfspec.engine.model_runner import ModelRunner
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.sampling import ops as draws
 from trl_selfspec.sampling.rejection import Verdict
@@ -126,12 +126,12 @@ def drafts_that_stand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def one_history_for_all_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    process = RoundRunner._process
+    process = ModelRunner._process
 
-    def flat(self: RoundRunner, logits: Tensor, lengths: Tensor) -> Tensor:
+    def flat(self: ModelRunner, logits: Tensor, lengths: Tensor) -> Tensor:
         return torch.cat([process(self, logits[:, k : k + 1], lengths) for k in range(logits.shape[1])], 1)
 
-    monkeypatch.setattr(RoundRunner, "_process", flat)
+    monkeypatch.setattr(ModelRunner, "_process", flat)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_captured_rounds_equal_eager_ones(
 
 
 def test_graphs_survive_optimizer_steps(model: PreTrainedModel):
-    """The mirrors are refreshed in place: prevents a replay that still reads the weights of an earlier step."""
+    """The replicas are refreshed in place: prevents a replay that still reads the weights of an earlier step."""
     eager, captured = make_engine(model, None), make_engine(model, record)
     outputs = []
     for step in range(3):
@@ -214,7 +214,7 @@ def test_a_round_that_cannot_be_captured_runs_eagerly_after_one_warning(
 def test_a_replay_and_only_a_replay_counts_as_typical(model: PreTrainedModel):
     """Seconds of a round that compiled or captured would teach the gate costs that no later round has."""
     pool, calls = GraphPool(record), []
-    pool.begin_rollout(law=_law(model), max_rows=8, row_capacity=64)
+    pool.begin_rollout(logits_processor=_law(model), max_rows=8, row_capacity=64)
     x = torch.zeros(8)
 
     def add(program: Program) -> torch.Tensor:
@@ -265,10 +265,10 @@ def test_a_processor_prepared_in_one_rollout_is_captured_in_the_next(model: PreT
 
 
 def _law(model: PreTrainedModel):
-    from trl_selfspec.sampling.logits_processing import SamplingLaw, effective_generation_config
+    from trl_selfspec.sampling.logits_processing import BatchedLogitsProcessor, effective_generation_config
 
     config = effective_generation_config(model, GenerationConfig(do_sample=True))
-    return SamplingLaw.from_generation_config(model, config, "cpu")
+    return BatchedLogitsProcessor.from_generation_config(model, config, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def _law(model: PreTrainedModel):
 def test_programs_are_padded_to_few_sizes(model: PreTrainedModel, rows: int, slots: int, padded: tuple[int, int]):
     """One graph for every number of rows and slots would take more time to capture than it saves."""
     pool = GraphPool(record)
-    pool.begin_rollout(law=_law(model), max_rows=200, row_capacity=2000)
+    pool.begin_rollout(logits_processor=_law(model), max_rows=200, row_capacity=2000)
     assert pool.padded(Program("plain", rows, slots)) == Program("plain", *padded)
 
 

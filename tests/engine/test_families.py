@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl_selfspec.engine.engine import SelfSpecEngine, UnsupportedModelError
 from trl_selfspec.engine.kv_budget import kv_bytes_per_token
 from trl_selfspec.kv_cache.attention import IMPLEMENTATION, selfspec_attention
-from trl_selfspec.policy.replica import Mirror
+from trl_selfspec.policy.replica import PolicyReplica
 
 
 ROOT = Path(__file__).parents[2]
@@ -130,11 +130,11 @@ def test_memory_per_token_is_what_the_layers_keep(
     family: str, values_per_token: int, kv_dtype: torch.dtype | None
 ) -> None:
     """Prevents a budget from config fields that differ by layer, or mean something else than what is stored."""
-    mirror = Mirror(small_model(family))
+    replica = PolicyReplica(small_model(family))
     size = (kv_dtype or torch.float32).itemsize
-    measured = kv_bytes_per_token(mirror.model, mirror.num_layers, kv_dtype, torch.device("cpu"))
+    measured = kv_bytes_per_token(replica.model, replica.num_layers, kv_dtype, torch.device("cpu"))
     assert measured == values_per_token * size
-    assert not any(getattr(module, "paged_cache", None) for module in mirror.model.modules())
+    assert not any(getattr(module, "paged_cache", None) for module in replica.model.modules())
 
 
 def test_the_script_writes_what_it_found(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_drafts_taken_on_trust_are_noticed(monkeypatch: pytest.MonkeyPatch):
 
     model = make_model(torch.bfloat16)
     plain = largest_gap(model, generate(make_engine(model, (0,)), GREEDY))
-    greedy = verification.GreedyVerification
+    greedy = verification.GreedySampler
     monkeypatch.setattr(greedy, "verify", trust(greedy.verify))
     engine = make_engine(model)
     spoil(engine, noise=1.0)

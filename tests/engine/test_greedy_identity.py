@@ -9,7 +9,7 @@ from tiny_models import FAMILIES, Schedule, force_page_size, ragged_prompts, spo
 from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec.engine.engine import SelfSpecEngine
-from trl_selfspec.engine.model_runner import PendingRound, RoundResult, RoundRunner
+from trl_selfspec.engine.model_runner import ModelRunner, PendingRound, RoundResult
 from trl_selfspec.kv_cache.paged_cache import PagedCache
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.sampling import ops as draws
@@ -177,13 +177,13 @@ def test_equal_prompts_are_prefilled_once(
     """Prevents a group of G samples from costing G prefills, and from sharing what they do not have in common."""
     force_page_size(monkeypatch, page_size)
     prefilled: list[int] = []
-    prefill = RoundRunner.prefill
+    prefill = ModelRunner.prefill
 
-    def counted(self: RoundRunner, rows: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor, *args: Any) -> None:
+    def counted(self: ModelRunner, rows: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor, *args: Any) -> None:
         prefilled.extend((ends - starts).tolist())
         prefill(self, rows, starts, ends, *args)
 
-    monkeypatch.setattr(RoundRunner, "prefill", counted)
+    monkeypatch.setattr(ModelRunner, "prefill", counted)
     unique = ragged_prompts([9, 1, 13, 2, 20])
     prompts = [prompt for prompt in unique for _ in range(5)]
     config = greedy_config(eos=EOS)
@@ -263,12 +263,12 @@ def forget_to_move_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def count_positions_from_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = RoundRunner._run
+    run = ModelRunner._run
 
-    def shifted(self: RoundRunner, model: object, tokens: torch.Tensor, positions: torch.Tensor, **kwargs: int):
+    def shifted(self: ModelRunner, model: object, tokens: torch.Tensor, positions: torch.Tensor, **kwargs: int):
         return run(self, model, tokens, positions + (positions > 12), **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(RoundRunner, "_run", shifted)
+    monkeypatch.setattr(ModelRunner, "_run", shifted)
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ from tiny_models import Schedule, ragged_prompts, spoil, tiny_model
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from trl_selfspec.engine.batch_state import RowState
+from trl_selfspec.engine.batch_state import BatchState
 from trl_selfspec.engine.engine import RolloutOutput, SelfSpecEngine
-from trl_selfspec.engine.model_runner import RoundRunner
+from trl_selfspec.engine.model_runner import ModelRunner
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.sampling.logits_processing import SamplingLaw, effective_generation_config
+from trl_selfspec.sampling.logits_processing import BatchedLogitsProcessor, effective_generation_config
 
 
 PROMPTS = ragged_prompts([1, 20, 2, 5, 9, 14, 1, 9, 3, 3, 11, 6])
@@ -141,7 +141,7 @@ def test_log_probabilities_hold_in_other_architectures(family: str) -> None:
 
 
 def assert_log_probabilities(model: PreTrainedModel, config: GenerationConfig, output: RolloutOutput) -> None:
-    law = SamplingLaw.from_generation_config(model, effective_generation_config(model, config), "cpu")
+    law = BatchedLogitsProcessor.from_generation_config(model, effective_generation_config(model, config), "cpu")
     for row, (prompt, tokens) in enumerate(zip(PROMPTS, output.completion_ids, strict=True)):
         assert len(output.logprobs[row]) == len(output.policy_logprobs[row]) == len(tokens)
         policy, processed = reference_logprobs(model, law, prompt, tokens)
@@ -151,7 +151,7 @@ def assert_log_probabilities(model: PreTrainedModel, config: GenerationConfig, o
 
 @torch.no_grad()
 def reference_logprobs(
-    model: PreTrainedModel, law: SamplingLaw, prompt: list[int], tokens: list[int]
+    model: PreTrainedModel, law: BatchedLogitsProcessor, prompt: list[int], tokens: list[int]
 ) -> tuple[Tensor, Tensor]:
     ids, start = torch.tensor([prompt + tokens]), torch.tensor([len(prompt)])
     logits = model(ids).logits[:, len(prompt) - 1 : -1]
@@ -195,19 +195,19 @@ def test_counters_add_up(model: PreTrainedModel) -> None:
 
 
 def see_the_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = RoundRunner._run
+    run = ModelRunner._run
 
-    def shifted(self: RoundRunner, model: Any, tokens: Tensor, positions: Tensor, **kwargs: int) -> Tensor:
+    def shifted(self: ModelRunner, model: Any, tokens: Tensor, positions: Tensor, **kwargs: int) -> Tensor:
         logits = run(self, model, tokens, positions, **kwargs)
         return logits + 0.05 * logits.roll(1, dims=0)
 
-    monkeypatch.setattr(RoundRunner, "_run", shifted)
+    monkeypatch.setattr(ModelRunner, "_run", shifted)
 
 
 def forget_row_ids(monkeypatch: pytest.MonkeyPatch) -> None:
-    admit = RowState.admit
+    admit = BatchState.admit
     monkeypatch.setattr(
-        RowState, "admit", lambda self, row, prompt, limit, row_id, done: admit(self, row, prompt, limit, row, done)
+        BatchState, "admit", lambda self, row, prompt, limit, row_id, done: admit(self, row, prompt, limit, row, done)
     )
 
 

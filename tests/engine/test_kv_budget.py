@@ -13,14 +13,14 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec.engine import engine as engine_module
 from trl_selfspec.engine import kv_budget as memory
-from trl_selfspec.engine.batch_state import RowState
+from trl_selfspec.engine.batch_state import BatchState
 from trl_selfspec.engine.cuda_graphs import GraphPool
 from trl_selfspec.engine.engine import RolloutOutput, SelfSpecEngine
 from trl_selfspec.engine.request import Request
 from trl_selfspec.engine.rollout import Rollout, Span
 from trl_selfspec.engine.scheduler import Admission, Scheduler
 from trl_selfspec.kernels.cpu import build
-from trl_selfspec.kv_cache.prefix_cache import KeptRows
+from trl_selfspec.kv_cache.prefix_cache import PrefixCache
 
 
 PAGE = 4
@@ -280,12 +280,12 @@ def go_on_without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def count_what_was_generated_as_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    admit = RowState.admit
+    admit = BatchState.admit
 
-    def longer(self: RowState, row: int, prompt: tuple, limit: int, row_id: int, done: tuple = ()) -> None:
+    def longer(self: BatchState, row: int, prompt: tuple, limit: int, row_id: int, done: tuple = ()) -> None:
         admit(self, row, (*prompt, *done), limit, row_id)
 
-    monkeypatch.setattr(RowState, "admit", longer)
+    monkeypatch.setattr(BatchState, "admit", longer)
 
 
 def take_a_paused_row_for_a_fresh_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,7 +315,7 @@ def test_a_broken_pause_is_noticed(
 def test_broken_admission_is_noticed(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, broken: str) -> None:
     """Negative controls: pages that are promised twice, and rows that starve behind what is kept."""
     if broken == "kept rows stay":
-        monkeypatch.setattr(KeptRows, "evict", lambda *args, **kwargs: False)
+        monkeypatch.setattr(PrefixCache, "evict", lambda *args, **kwargs: False)
     else:
         monkeypatch.setattr(Admission, "_needs", lambda self, request: (-1, 0))
     engine = make_engine(model)

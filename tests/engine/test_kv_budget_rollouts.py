@@ -16,7 +16,7 @@ from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.engine.kv_budget import MAX_ROWS, KVMemory
 from trl_selfspec.engine.request import Request
 from trl_selfspec.kv_cache.paged_cache import PagedCache
-from trl_selfspec.kv_cache.prefix_cache import KeptRows
+from trl_selfspec.kv_cache.prefix_cache import PrefixCache
 
 
 PAGE = 4
@@ -38,9 +38,9 @@ def allocate(
     monkeypatch: pytest.MonkeyPatch,
     free_pages: int,
     requests: list[Request],
-    kept: KeptRows | None = None,
+    kept: PrefixCache | None = None,
     **options: Any,
-) -> KeptRows:
+) -> PrefixCache:
     monkeypatch.setattr(memory, "free_bytes", lambda device: free_pages * PAGE * TOKEN_BYTES)
     chosen = SelfSpecOptions(num_speculative_tokens=3, **options)
     return KVMemory(2, TOKEN_BYTES, None, chosen).allocate(requests, kept, DEVICE)

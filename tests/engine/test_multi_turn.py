@@ -11,9 +11,9 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec.engine import rollout
 from trl_selfspec.engine.engine import SelfSpecEngine
-from trl_selfspec.engine.model_runner import RoundRunner
+from trl_selfspec.engine.model_runner import ModelRunner
 from trl_selfspec.kv_cache.paged_cache import PagedCache
-from trl_selfspec.kv_cache.prefix_cache import KeptRows, Tokens
+from trl_selfspec.kv_cache.prefix_cache import PrefixCache, Tokens
 
 
 @pytest.fixture(scope="module")
@@ -25,15 +25,15 @@ def model() -> PreTrainedModel:
 def prefilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Collects how many tokens each prefill forward computes, padding not counted."""
     counts: list[int] = []
-    prefill = RoundRunner.prefill
+    prefill = ModelRunner.prefill
 
     def counted(
-        self: RoundRunner, rows: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor, width: int, *rest: Any
+        self: ModelRunner, rows: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor, width: int, *rest: Any
     ) -> None:
         counts.append(int((ends - starts).clamp(0, width).sum()))
         prefill(self, rows, starts, ends, width, *rest)
 
-    monkeypatch.setattr(RoundRunner, "prefill", counted)
+    monkeypatch.setattr(ModelRunner, "prefill", counted)
     return counts
 
 
@@ -192,23 +192,23 @@ def test_equal_prompts_of_a_later_turn_share_what_is_kept(model: PreTrainedModel
 
 
 def trust_the_key_of_the_last_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    seat = KeptRows.seat
+    seat = PrefixCache.seat
 
-    def one_more(self: KeptRows, rows: list[int], prompts: list[Tokens]) -> list[int]:
+    def one_more(self: PrefixCache, rows: list[int], prompts: list[Tokens]) -> list[int]:
         starts = seat(self, rows, prompts)
         return [min(start + 1, len(prompt) - 1) for start, prompt in zip(starts, prompts, strict=True)]
 
-    monkeypatch.setattr(KeptRows, "seat", one_more)
+    monkeypatch.setattr(PrefixCache, "seat", one_more)
 
 
 def take_another_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    longest_prefix = KeptRows.longest_prefix
+    longest_prefix = PrefixCache.longest_prefix
 
-    def wrong(self: KeptRows, prompt: Tokens) -> tuple[int, int]:
+    def wrong(self: PrefixCache, prompt: Tokens) -> tuple[int, int]:
         row, num_tokens = longest_prefix(self, prompt)
         return (row + 1) % self.cache.max_rows, num_tokens
 
-    monkeypatch.setattr(KeptRows, "longest_prefix", wrong)
+    monkeypatch.setattr(PrefixCache, "longest_prefix", wrong)
 
 
 def leave_finished_rows_where_others_move(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,14 +222,14 @@ def leave_finished_rows_where_others_move(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def continue_at_position_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = RoundRunner._run
+    run = ModelRunner._run
 
-    def shifted(self: RoundRunner, model: Any, tokens: torch.Tensor, positions: torch.Tensor, **kwargs: int) -> Any:
+    def shifted(self: ModelRunner, model: Any, tokens: torch.Tensor, positions: torch.Tensor, **kwargs: int) -> Any:
         if kwargs:  # a prefill
             positions = positions - positions[:, :1]
         return run(self, model, tokens, positions, **kwargs)
 
-    monkeypatch.setattr(RoundRunner, "_run", shifted)
+    monkeypatch.setattr(ModelRunner, "_run", shifted)
 
 
 def see_the_new_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,12 @@
-"""Whatever dtypes a policy trains in, the mirror's law is its training forward's, and dropout has no part in it."""
+"""Whatever dtypes a policy trains in, the replica's law is its training forward's, and dropout has no part in it."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from mirrored import IDS, autocast, logits_of, mirror_logits, policy_logits
 from peft import LoraConfig, get_peft_model
+from replicas import IDS, autocast, logits_of, policy_logits, replica_logits
 from tiny_models import FAMILIES, ragged_prompts, tiny_model
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
@@ -16,7 +16,7 @@ from trl_selfspec import kernels
 from trl_selfspec.engine.engine import RolloutOutput, SelfSpecEngine
 from trl_selfspec.kernels.cpu import build
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.policy.replica import Mirror
+from trl_selfspec.policy.replica import PolicyReplica
 
 
 # Largest error of a logit, in units of their spread: sums in another order, each layer rounded to 8 bits.
@@ -49,7 +49,7 @@ def own_kernels(instruction_set: str) -> None:
 @pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt_neox", "qwen3_moe"])
-def test_under_autocast_the_mirror_is_the_training_forward(
+def test_under_autocast_the_replica_is_the_training_forward(
     family: str, dtype: torch.dtype, autocast_dtype: torch.dtype
 ) -> None:
     """Prevents importance ratios other than 1 in the first step, in each pair of weights' and autocast's dtype."""
@@ -62,7 +62,7 @@ def test_under_autocast_the_mirror_is_the_training_forward(
 @pytest.mark.usefixtures("torch_kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_autocast_the_mirror_is_the_training_forward(family: str, dtype: torch.dtype) -> None:
+def test_without_autocast_the_replica_is_the_training_forward(family: str, dtype: torch.dtype) -> None:
     """Prevents a cast that the policy does not make."""
     model = tiny_model(family, dtype=dtype)
     assert torch.equal(logits_of(model), policy_logits(model))
@@ -168,9 +168,9 @@ def with_dropout() -> nn.Module:
 def test_dropout_has_no_part_in_a_rollout() -> None:
     """Prevents samples of a thinned-out network, whose law is not that of any forward of the trainer's."""
     policy = with_dropout().train()
-    mirror = Mirror(policy)
-    assert torch.equal(mirror_logits(mirror), mirror_logits(mirror))
-    torch.testing.assert_close(mirror_logits(mirror), policy_logits(policy), rtol=0, atol=1e-4)
+    replica = PolicyReplica(policy)
+    assert torch.equal(replica_logits(replica), replica_logits(replica))
+    torch.testing.assert_close(replica_logits(replica), policy_logits(policy), rtol=0, atol=1e-4)
     engine = speculating(policy)
     trained = engine.generate(PROMPTS, SAMPLED, seed=0)
     assert trained.completion_ids == engine.generate(PROMPTS, SAMPLED, seed=0).completion_ids

@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from trl_selfspec.engine.engine import RolloutOutput, SelfSpecEngine
-from trl_selfspec.engine.model_runner import RoundRunner
+from trl_selfspec.engine.model_runner import ModelRunner
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.sampling import ops as draws
 from trl_selfspec.sampling import rejection
 from trl_selfspec.sampling.ops import Proposal
 from trl_selfspec.sampling.rng import Purpose, uniform
-from trl_selfspec.sampling.samplers import RejectionVerification
+from trl_selfspec.sampling.samplers import RejectionSampler
 
 
 VOCAB = 8
@@ -185,30 +185,28 @@ def mutated_rejection(old: str, new: str) -> Sabotage:
 
 
 def histories_shifted_in_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    process = RoundRunner._process
+    process = ModelRunner._process
 
-    def shifted(self: RoundRunner, logits: Tensor, lengths: Tensor) -> Tensor:
+    def shifted(self: ModelRunner, logits: Tensor, lengths: Tensor) -> Tensor:
         return process(self, logits, lengths - 1 if logits.shape[1] > 1 else lengths)
 
-    monkeypatch.setattr(RoundRunner, "_process", shifted)
+    monkeypatch.setattr(ModelRunner, "_process", shifted)
 
 
 def histories_shifted_in_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    process = RoundRunner._process
-    monkeypatch.setattr(RoundRunner, "_process", lambda self, logits, lengths: process(self, logits, lengths - 1))
+    process = ModelRunner._process
+    monkeypatch.setattr(ModelRunner, "_process", lambda self, logits, lengths: process(self, logits, lengths - 1))
 
 
 def parameters_missing_in_the_recorded_draft_law(monkeypatch: pytest.MonkeyPatch) -> None:
-    true_propose = RejectionVerification.propose
+    true_propose = RejectionSampler.propose
 
-    def propose(
-        self: RejectionVerification, scores: Tensor, row_ids: Tensor, positions: Tensor, step: Tensor
-    ) -> Proposal:
+    def propose(self: RejectionSampler, scores: Tensor, row_ids: Tensor, positions: Tensor, step: Tensor) -> Proposal:
         draft = true_propose(self, scores, row_ids, positions, step)
         self._memory[len(scores)].laws[:, step] = (scores * 0.6).softmax(-1)  # the temperature of COMBINED undone
         return draft
 
-    monkeypatch.setattr(RejectionVerification, "propose", propose)
+    monkeypatch.setattr(RejectionSampler, "propose", propose)
 
 
 def drafting_instead_of(purpose: Purpose, purposes: Purpose | Tensor) -> Tensor:
@@ -238,13 +236,13 @@ def numbers_keyed_by_the_round(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def the_drafter_verifies_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = RoundRunner._forward
+    forward = ModelRunner._forward
 
-    def wrong_model(self: RoundRunner, model: torch.nn.Module, positions: Tensor, num_slots: int) -> Tensor:
+    def wrong_model(self: ModelRunner, model: torch.nn.Module, positions: Tensor, num_slots: int) -> Tensor:
         assert self.drafter is not None
         return forward(self, self.drafter, positions, num_slots)
 
-    monkeypatch.setattr(RoundRunner, "_forward", wrong_model)
+    monkeypatch.setattr(ModelRunner, "_forward", wrong_model)
 
 
 SABOTAGE: dict[str, Sabotage] = {
@@ -279,7 +277,7 @@ def test_a_broken_engine_is_noticed(monkeypatch: pytest.MonkeyPatch, model: PreT
 
 def test_what_drafts_leave_is_held_once_for_all_batch_sizes() -> None:
     """At 152k words it is megabytes a row; a batch that grows or shrinks must not hold it again for every size."""
-    made = RejectionVerification(torch.tensor(0), longest_draft=2)
+    made = RejectionSampler(torch.tensor(0), longest_draft=2)
     memories = [made._remember(torch.zeros(rows, 8)) for rows in (1, 4, 16, 2, 9)]
     assert len({memory.laws.data_ptr() for memory in memories}) == 1
     assert [len(memory.laws) for memory in memories] == [1, 4, 16, 2, 9]

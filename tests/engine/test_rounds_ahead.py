@@ -13,10 +13,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from trl_selfspec import SelfSpecEngine, SelfSpecOptions
 from trl_selfspec.control.controller import Controller
 from trl_selfspec.engine import engine
-from trl_selfspec.engine.batch_state import RowState
+from trl_selfspec.engine.batch_state import BatchState
 from trl_selfspec.engine.cuda_graphs import GraphPool
 from trl_selfspec.engine.engine import RolloutOutput
-from trl_selfspec.engine.model_runner import RoundRunner
+from trl_selfspec.engine.model_runner import ModelRunner
 from trl_selfspec.engine.rollout import Rollout
 
 
@@ -97,8 +97,8 @@ def moves_that_forget_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None
 
 def results_read_by_position(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if nobody had moved since the launch."""
-    move = RowState.move
-    monkeypatch.setattr(RowState, "move", lambda self, source, target: move(self, target, source))
+    move = BatchState.move
+    monkeypatch.setattr(BatchState, "move", lambda self, source, target: move(self, target, source))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_rollout_that_was_interrupted_leaves_nothing_behind(model: PreTrainedM
     expected = make_engine(model, (3,)).generate(PROMPTS, config, seed=0)
     interrupted = make_engine(model, (3,))
     with monkeypatch.context() as patch:
-        patch.setattr(RoundRunner, "_verify", interrupt)
+        patch.setattr(ModelRunner, "_verify", interrupt)
         with pytest.raises(KeyboardInterrupt):
             interrupted.generate(PROMPTS, config, seed=0)
     assert interrupted._state is not None and interrupted._state.num_drafted == 3

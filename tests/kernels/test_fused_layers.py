@@ -15,7 +15,7 @@ from trl_selfspec.kernels.cpu.layer import MAX_TOKENS
 from trl_selfspec.kv_cache.attention import bind_cache
 from trl_selfspec.kv_cache.paged_cache import PagedCache
 from trl_selfspec.policy import fused_layers as layers
-from trl_selfspec.policy.replica import Mirror
+from trl_selfspec.policy.replica import PolicyReplica
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -31,12 +31,12 @@ pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C compiler o
 @pytest.mark.parametrize("num_steps", [1, 2, 6])
 def test_a_layer_in_one_call_gives_what_its_modules_give(family: str, dtype: torch.dtype, num_steps: int) -> None:
     """Catches a wrong rotation, rounding, window or residual, and ragged rows that see each other."""
-    mirror = Mirror(tiny_model(family, dtype=dtype))
-    assert len(fast_forwards(mirror.model)) == 2
-    actual = decoded(mirror.model, num_steps)
-    expected = decoded(without_fast_forwards(mirror.tree()), num_steps)
+    replica = PolicyReplica(tiny_model(family, dtype=dtype))
+    assert len(fast_forwards(replica.model)) == 2
+    actual = decoded(replica.model, num_steps)
+    expected = decoded(without_fast_forwards(replica.tree()), num_steps)
     assert relative_error(actual, expected) <= TOLERANCE[dtype]
-    other = decoded(without_fast_forwards(Mirror(tiny_model(family, seed=1, dtype=dtype)).model), num_steps)
+    other = decoded(without_fast_forwards(PolicyReplica(tiny_model(family, seed=1, dtype=dtype)).model), num_steps)
     assert relative_error(actual, other) > 0.5  # negative control: other weights
 
 
@@ -44,20 +44,20 @@ def test_a_layer_in_one_call_gives_what_its_modules_give(family: str, dtype: tor
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_a_drafters_layer_in_one_call_gives_what_its_modules_give(dtype: torch.dtype) -> None:
     """int4 weights, scales and head sizes go through the same call."""
-    mirror = Mirror(tiny_model("qwen2", dtype=dtype))
-    drafter = make_drafter(mirror, "qint4")
-    requantize(drafter, mirror)
+    replica = PolicyReplica(tiny_model("qwen2", dtype=dtype))
+    drafter = make_drafter(replica, "qint4")
+    requantize(drafter, replica)
     assert len(fast_forwards(drafter)) == 2
     actual = decoded(drafter, 2)
     assert relative_error(actual, decoded(without_fast_forwards(drafter), 2)) <= TOLERANCE[dtype]
-    assert relative_error(actual, decoded(mirror.model, 2)) > TOLERANCE[dtype]  # negative control: not quantized
+    assert relative_error(actual, decoded(replica.model, 2)) > TOLERANCE[dtype]  # negative control: not quantized
 
 
 @pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_a_row_does_not_see_its_neighbours(dtype: torch.dtype) -> None:
     """A row's tokens would depend on the batch it happens to be in."""
-    model = Mirror(tiny_model("qwen2", dtype=dtype)).model
+    model = PolicyReplica(tiny_model("qwen2", dtype=dtype)).model
     together = decoded(model, 2, 1)
     torch.set_num_threads(3)
     try:
@@ -93,7 +93,7 @@ def test_a_row_does_not_see_its_neighbours(dtype: torch.dtype) -> None:
 )
 def test_other_layers_keep_their_modules(family: str, overrides: dict) -> None:
     """Same parts do not make the same function: only a trial shows a multiplier or another activation."""
-    assert not fast_forwards(Mirror(tiny_model(family, **overrides)).model)
+    assert not fast_forwards(PolicyReplica(tiny_model(family, **overrides)).model)
 
 
 def test_parts_that_start_out_neutral_are_noticed() -> None:
@@ -105,34 +105,34 @@ def test_parts_that_start_out_neutral_are_noticed() -> None:
             self.__dict__.update(copy.copy(layer).__dict__)
             self._parameters = {"gate": nn.Parameter(torch.zeros(1))}
 
-    layer = without_fast_forwards(Mirror(tiny_model("llama")).model).model.layers[0]
+    layer = without_fast_forwards(PolicyReplica(tiny_model("llama")).model).model.layers[0]
     assert layers.computing_the_same({"layer": layer}, FP32) == ["layer"]
     assert layers.computing_the_same({"layer": Gated(layer)}, FP32) == []
 
 
 def test_the_trial_leaves_weights_and_cache_as_they_were() -> None:
-    """It runs with random weights in the place of the mirror's, which are the policy's own."""
+    """It runs with random weights in the place of the replica's, which are the policy's own."""
     policy = tiny_model("llama")
     before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
-    mirror = Mirror(policy)
-    assert fast_forwards(mirror.model)
+    replica = PolicyReplica(policy)
+    assert fast_forwards(replica.model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
     source = policy.model.layers[0].self_attn.q_proj.weight
-    assert mirror.model.model.layers[0].self_attn.q_proj.weight.data_ptr() == source.data_ptr()
-    assert getattr(mirror.model.model.layers[0].self_attn, "paged_cache", None) is None
+    assert replica.model.model.layers[0].self_attn.q_proj.weight.data_ptr() == source.data_ptr()
+    assert getattr(replica.model.model.layers[0].self_attn, "paged_cache", None) is None
 
 
 def test_a_layer_follows_weights_that_move() -> None:
     """An optimizer may put a parameter elsewhere: a remembered address would read freed memory."""
     policy = tiny_model("qwen3")
-    mirror = Mirror(policy)
-    before = decoded(mirror.model, 2)
+    replica = PolicyReplica(policy)
+    before = decoded(replica.model, 2)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.data = parameter * 1.5
-    mirror.refresh()
-    after = decoded(mirror.model, 2)
-    assert relative_error(after, decoded(without_fast_forwards(mirror.tree()), 2)) <= TOLERANCE[FP32]
+    replica.refresh()
+    after = decoded(replica.model, 2)
+    assert relative_error(after, decoded(without_fast_forwards(replica.tree()), 2)) <= TOLERANCE[FP32]
     assert relative_error(after, before) > 0.1  # negative control
 
 
@@ -143,7 +143,7 @@ def test_many_tokens_and_prefills_run_the_modules(
 ) -> None:
     """The call would be right for them too, but slower than large matrix products; few take it on every CPU."""
     monkeypatch.setattr(machine, "instruction_set", lambda: instructions)
-    model = Mirror(tiny_model("llama", dtype=dtype)).model
+    model = PolicyReplica(tiny_model("llama", dtype=dtype)).model
     fast = fast_forwards(model)[0]
     calls: list[int] = []
     own = fast.modules_own

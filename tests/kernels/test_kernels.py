@@ -314,7 +314,7 @@ def test_processes_that_build_at_once_do_not_race(monkeypatch, tmp_path):
 @needs_kernels
 @pytest.mark.parametrize("kernel", ["bf16", "int4"])
 def test_a_prepared_layer_follows_what_it_was_given(kernel: str):
-    """The mirror re-points aliases and overwrites storages: a remembered address would read freed memory.
+    """The replica re-points aliases and overwrites storages: a remembered address would read freed memory.
     Negative control: the result from before."""
     x, bias = torch.randn(3, 64).to(BF16), torch.nn.Parameter(torch.randn(8).to(BF16), requires_grad=False)
     if kernel == "bf16":

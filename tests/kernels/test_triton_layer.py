@@ -18,7 +18,7 @@ from trl_selfspec.kernels.gpu_layer import GpuDecoderLayer, JoinedLinear, _joine
 from trl_selfspec.kernels.norm import FastRMSNorm
 from trl_selfspec.kv_cache.attention import _causal_attention, bind_cache
 from trl_selfspec.kv_cache.paged_cache import PagedCache
-from trl_selfspec.policy.replica import Mirror, MirrorLinear
+from trl_selfspec.policy.replica import PolicyReplica, ReplicaLinear
 
 
 # Sums in another order and other exponentials, through two layers and the head.
@@ -51,12 +51,12 @@ def steps(model: PreTrainedModel, num_steps: int = 2, dtype: torch.dtype | None 
     return decoded(model, num_steps, num_rows=2, page_size=PAGE, dtype=dtype)
 
 
-def reference(mirror: Mirror, num_steps: int = 2) -> Tensor:
-    """What the mirror's modules give without Triton."""
+def reference(replica: PolicyReplica, num_steps: int = 2) -> Tensor:
+    """What the replica's modules give without Triton."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "runs_triton", lambda device: False)
-        tree = without_fast_forwards(mirror.tree())
-        return steps(tree, num_steps, mirror.autocast_dtype)
+        tree = without_fast_forwards(replica.tree())
+        return steps(tree, num_steps, replica.autocast_dtype)
 
 
 @pytest.mark.parametrize(
@@ -77,13 +77,13 @@ def reference(mirror: Mirror, num_steps: int = 2) -> Tensor:
 )
 def test_a_layer_gives_what_its_modules_give(family: str, dtype: torch.dtype, num_steps: int) -> None:
     """Catches a wrong rotation, rounding, window or residual, and ragged rows that see each other."""
-    mirror = Mirror(policy(family, dtype=dtype))
-    assert len(gpu_layers(mirror.model)) == 2
-    actual = steps(mirror.model, num_steps)
-    assert relative_error(actual, reference(mirror, num_steps)) <= TOLERANCE[dtype]
-    scale_weights(mirror.base, seed=1)
-    mirror.refresh()
-    assert relative_error(actual, reference(mirror, num_steps)) > 0.5, "negative control: other weights"
+    replica = PolicyReplica(policy(family, dtype=dtype))
+    assert len(gpu_layers(replica.model)) == 2
+    actual = steps(replica.model, num_steps)
+    assert relative_error(actual, reference(replica, num_steps)) <= TOLERANCE[dtype]
+    scale_weights(replica.base, seed=1)
+    replica.refresh()
+    assert relative_error(actual, reference(replica, num_steps)) > 0.5, "negative control: other weights"
 
 
 def autocast(dtype: torch.dtype) -> torch.autocast:
@@ -94,15 +94,15 @@ def autocast(dtype: torch.dtype) -> torch.autocast:
 @pytest.mark.parametrize("dtype", [FP16, BF16])
 def test_an_fp32_policy_under_autocast(family: str, dtype: torch.dtype) -> None:
     """TRL's default: residuals and norms in fp32, projections in 16 bits, side by side in memory."""
-    mirror = Mirror(policy(family), autocast_dtype=dtype)
-    found = gpu_layers(mirror.model)
+    replica = PolicyReplica(policy(family), autocast_dtype=dtype)
+    found = gpu_layers(replica.model)
     assert [layer.parts.hidden_dtype for layer in found] == [FP32, FP32]
     assert {layer.parts.dtype for layer in found} == {dtype}
     assert all(joined_weight(group) is not None for layer in found for group in (layer._qkv, layer._gate_up))
     with autocast(dtype):
-        actual, expected = steps(mirror.model, dtype=dtype), reference(mirror)
+        actual, expected = steps(replica.model, dtype=dtype), reference(replica)
     assert relative_error(actual, expected) <= TOLERANCE[dtype]
-    assert relative_error(actual, reference(Mirror(mirror.base))) > relative_error(actual, expected), (
+    assert relative_error(actual, reference(PolicyReplica(replica.base))) > relative_error(actual, expected), (
         "negative control"
     )
 
@@ -114,18 +114,18 @@ def joined_weight(group: JoinedLinear) -> Tensor | None:
 def test_joined_projections_follow_the_policy() -> None:
     """Parts of one buffer are refreshed one by one; a copy that stays behind is noticed."""
     model = policy("qwen2")
-    mirror = Mirror(model, autocast_dtype=FP16)
+    replica = PolicyReplica(model, autocast_dtype=FP16)
     scale_weights(model, seed=5)
-    attention, source = mirror.model.model.layers[1].self_attn, model.model.layers[1].self_attn
+    attention, source = replica.model.model.layers[1].self_attn, model.model.layers[1].self_attn
     assert not torch.equal(attention.k_proj.weight, source.k_proj.weight.half())
-    mirror.refresh()
+    replica.refresh()
     for name in ("q_proj", "k_proj", "v_proj"):
         for attribute in ("weight", "bias"):
             ours, theirs = (getattr(getattr(part, name), attribute) for part in (attention, source))
             assert torch.equal(ours, theirs.half())
     x = randn(3, 64).half()
-    (layer, *_) = gpu_layers(mirror.model)
-    attention = mirror.model.model.layers[0].self_attn
+    (layer, *_) = gpu_layers(replica.model)
+    attention = replica.model.model.layers[0].self_attn
     expected = [linear(x) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
     for actual, apart in zip(layer._qkv(x), expected, strict=True):
         torch.testing.assert_close(actual, apart)
@@ -135,10 +135,10 @@ def test_weights_of_the_policys_dtype_are_neither_copied_nor_moved() -> None:
     """An optimizer steps on the policy's own storage."""
     model = policy("qwen2")
     before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-    mirror = Mirror(model)
+    replica = PolicyReplica(model)
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
-    assert {name: p.data_ptr() for name, p in mirror.model.named_parameters()} == before
-    (layer, *_) = gpu_layers(mirror.model)
+    assert {name: p.data_ptr() for name, p in replica.model.named_parameters()} == before
+    (layer, *_) = gpu_layers(replica.model)
     assert joined_weight(layer._qkv) is None and len(layer._qkv(randn(2, 64))) == 3
 
 
@@ -163,7 +163,7 @@ def test_what_is_no_part_of_the_next_is_multiplied_apart() -> None:
 )
 def test_other_layers_keep_their_modules(family: str, overrides: dict) -> None:
     """Same parts do not make the same function: only a trial shows a multiplier or another activation."""
-    assert not fast_forwards(Mirror(policy(family, num_hidden_layers=1, **overrides)).model)
+    assert not fast_forwards(PolicyReplica(policy(family, num_hidden_layers=1, **overrides)).model)
 
 
 @pytest.mark.parametrize("broken", ["silu_mul", "rotate_and_write", "add_rms_norm"])
@@ -178,7 +178,7 @@ def test_a_kernel_that_goes_wrong_is_not_used(broken: str, monkeypatch: pytest.M
         return (result[0], 1.1 * result[1]) if isinstance(result, tuple) else 1.1 * result
 
     monkeypatch.setattr(triton_elementwise, broken, wrong)
-    assert not fast_forwards(Mirror(policy("llama", num_hidden_layers=1)).model)
+    assert not fast_forwards(PolicyReplica(policy("llama", num_hidden_layers=1)).model)
 
 
 def test_a_twin_that_rounds_elsewhere_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,9 +188,9 @@ def test_a_twin_that_rounds_elsewhere_is_noticed(monkeypatch: pytest.MonkeyPatch
         return (nn.functional.silu(gate.float()) * up).to(gate.dtype)
 
     model = policy("llama", num_hidden_layers=1, dtype=FP16)
-    assert len(fast_forwards(Mirror(model).model)) == 1
+    assert len(fast_forwards(PolicyReplica(model).model)) == 1
     monkeypatch.setattr(elementwise, "silu_mul", unrounded)
-    assert not fast_forwards(Mirror(model).model)
+    assert not fast_forwards(PolicyReplica(model).model)
 
 
 @pytest.mark.parametrize("autocast_dtype", [None, FP16])
@@ -198,22 +198,22 @@ def test_a_step_is_few_launches(autocast_dtype: torch.dtype | None, monkeypatch:
     """One kernel between products; a layer's last sum goes with the next norm, also with the one before the head."""
     from trl_selfspec.kernels.triton import elementwise as triton_elementwise
 
-    mirror = Mirror(policy("llama"), autocast_dtype)
+    replica = PolicyReplica(policy("llama"), autocast_dtype)
     launches: Counter[str] = Counter()
     for name in ("add_rms_norm", "rms_norm", "rotate_and_write", "silu_mul"):
         original = getattr(triton_elementwise, name)
         monkeypatch.setattr(triton_elementwise, name, counted(launches, name, original))
-    monkeypatch.setattr(MirrorLinear, "forward", counted(launches, "apart", MirrorLinear.forward))
+    monkeypatch.setattr(ReplicaLinear, "forward", counted(launches, "apart", ReplicaLinear.forward))
     monkeypatch.setattr(gpu_layer, "linear", counted(launches, "joined", gpu_layer.linear))
     cache = PagedCache(2, 1, PAGE, PAGE, autocast_dtype, DEVICE)
     cache.reserve(0, PAGE)
-    bind_cache(mirror.model, cache)
+    bind_cache(replica.model, cache)
     for position in range(2):  # the first allocates, in the layers' own modules
         launches.clear()
         positions = torch.tensor([[position]], device=DEVICE)
         cache.begin(positions, PAGE)
         with torch.no_grad():
-            mirror.model(input_ids=positions + 5, position_ids=positions, past_key_values=cache, use_cache=True)
+            replica.model(input_ids=positions + 5, position_ids=positions, past_key_values=cache, use_cache=True)
     products = {"joined": 2 * 2, "apart": 2 * 2 + 1} if autocast_dtype else {"apart": 2 * 7 + 1}
     assert launches == {"add_rms_norm": 1 + 2 * 2, "rotate_and_write": 2, "silu_mul": 2} | products
 
@@ -253,7 +253,7 @@ def test_a_kernel_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, caplog: py
         raise RuntimeError("out of resources")
 
     monkeypatch.setattr(kernels, "silu_mul", broken)
-    assert not gpu_layers(Mirror(policy()).model)
+    assert not gpu_layers(PolicyReplica(policy()).model)
     (told,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "LlamaDecoderLayer runs module by module" in told and "out of resources" in told
 
@@ -262,16 +262,16 @@ def test_a_kernel_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, caplog: py
 @pytest.mark.parametrize("autocast_dtype", [None, torch.bfloat16])
 def test_a_captured_step_outlives_its_pages(autocast_dtype: torch.dtype | None) -> None:
     """Keys and values are freed for training and allocated anew; a host sync would fail the capture."""
-    mirror = Mirror(policy("qwen3", dtype=FP32 if autocast_dtype else torch.bfloat16), autocast_dtype)
+    replica = PolicyReplica(policy("qwen3", dtype=FP32 if autocast_dtype else torch.bfloat16), autocast_dtype)
     cache = PagedCache(2, 2, PAGE, PAGE, torch.bfloat16, DEVICE)
     for row in range(2):
         cache.reserve(row, PAGE)
-    bind_cache(mirror.model, cache)
+    bind_cache(replica.model, cache)
     positions = torch.tensor([[3], [5]], device=DEVICE)
 
     def step() -> Tensor:
         cache.begin(positions, PAGE)
-        return mirror.model(
+        return replica.model(
             input_ids=positions + 5, position_ids=positions, past_key_values=cache, use_cache=True
         ).logits
 

@@ -33,7 +33,7 @@ from trl_selfspec.kernels.triton import sampling as triton_sampling
 from trl_selfspec.sampling import ops as draws
 from trl_selfspec.sampling.ops import Memory, Outcome
 from trl_selfspec.sampling.rng import Purpose
-from trl_selfspec.sampling.samplers import CoupledVerification, GreedyVerification, RejectionVerification
+from trl_selfspec.sampling.samplers import CoupledSampler, GreedySampler, RejectionSampler
 
 
 pytestmark = INTERPRETER_WARNINGS
@@ -202,9 +202,9 @@ def test_verification_runs_on_the_kernels(kind: str, monkeypatch: pytest.MonkeyP
     def run(on_kernels: bool) -> list[Tensor]:
         monkeypatch.setattr(draws, "runs_triton", lambda device: on_kernels)
         modes = {
-            "rejection": lambda: RejectionVerification(SEED, 4),
-            "coupled": lambda: CoupledVerification(SEED, 4),
-            "greedy": GreedyVerification,
+            "rejection": lambda: RejectionSampler(SEED, 4),
+            "coupled": lambda: CoupledSampler(SEED, 4),
+            "greedy": GreedySampler,
         }
         tested = modes[kind]()
         proposals = [
@@ -266,7 +266,7 @@ def test_the_gpus_path_neither_waits_nor_mixes_devices(mistake: bool, monkeypatc
     with torch.device("meta"):
         rows, positions = torch.zeros(3, dtype=torch.int64), torch.zeros(3, 3, dtype=torch.int64)
         scores, seed = torch.zeros(3, 3, 151936), torch.zeros((), dtype=torch.int64)
-        modes = [RejectionVerification(seed, 4), CoupledVerification(seed, 4), GreedyVerification()]
+        modes = [RejectionSampler(seed, 4), CoupledSampler(seed, 4), GreedySampler()]
         for tested in modes:
             drafts = [tested.propose(scores[:, i], rows, positions[:, i], seed).tokens for i in range(2)]
             results = [*tested.verify(torch.stack(drafts, 1), scores, rows, positions)]
@@ -299,7 +299,7 @@ def test_verdicts_over_a_large_vocabulary(dtype: torch.dtype, num_rows: int) -> 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", [RejectionVerification, CoupledVerification])
+@pytest.mark.parametrize("kind", [RejectionSampler, CoupledSampler])
 def test_a_cuda_graph_replays_a_round(kind: Any) -> None:
     """A host sync would fail the capture; a number baked in, the replay."""
     tested = kind(SEED.clone(), 4)

@@ -17,7 +17,7 @@ from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.engine.kv_budget import KVMemory
 from trl_selfspec.engine.request import Request
 from trl_selfspec.kv_cache.paged_cache import PagedCache
-from trl_selfspec.kv_cache.prefix_cache import KeptRows, Tokens
+from trl_selfspec.kv_cache.prefix_cache import PrefixCache, Tokens
 from trl_selfspec.options import SelfSpecOptions
 
 
@@ -33,7 +33,7 @@ def model() -> PreTrainedModel:
 )
 def test_the_longest_common_prefix_is_found(rows: list[Tokens], prompt: Tokens) -> None:
     """Prevents a search that stops at the first row that fits."""
-    kept = KeptRows(PagedCache(1, 8, 8))
+    kept = PrefixCache(PagedCache(1, 8, 8))
     for row, tokens in enumerate(rows):
         kept.keep(row, tokens)
     shared = [max(n for n in range(len(prompt)) if n <= len(tokens) and tokens[:n] == prompt[:n]) for tokens in rows]
@@ -71,7 +71,7 @@ def test_nothing_outlives_a_change_of_weights(monkeypatch: pytest.MonkeyPatch, b
     first = engine.generate(PROMPTS, GREEDY, keep=True).completion_ids
     prompts = [prompt + new + [5, 6] for prompt, new in zip(PROMPTS, first, strict=True)]
     if broken:
-        monkeypatch.setattr(KeptRows, "forget", lambda *args: None)
+        monkeypatch.setattr(PrefixCache, "forget", lambda *args: None)
     changed_weights(engine, model)
     output = engine.generate(prompts, GREEDY, keep=True)
     expected = make_engine(model).generate(prompts, GREEDY).completion_ids
@@ -115,7 +115,7 @@ def test_memory_of_the_cache_that_is_replaced_counts_as_free(monkeypatch: pytest
         cache.begin(torch.zeros(1, 1, dtype=torch.int64), 1, torch.tensor([0]))
         for layer in cache.pages_of:
             layer.update(torch.zeros(1, 2, 1, 32), torch.zeros(1, 2, 1, 32))
-        return memory.allocate(requests, KeptRows(cache) if counted else None, device).cache.max_rows
+        return memory.allocate(requests, PrefixCache(cache) if counted else None, device).cache.max_rows
 
     assert rows(8, counted=True) == total // 2 // row > rows(8, counted=False)
 

@@ -18,9 +18,9 @@ from trl_selfspec.engine import kv_budget as memory
 from trl_selfspec.engine.model_runner import Program
 from trl_selfspec.engine.request import make_requests
 from trl_selfspec.engine.rollout import Rollout
-from trl_selfspec.policy.replica import Mirror
+from trl_selfspec.policy.replica import PolicyReplica
 from trl_selfspec.sampling import samplers as verification
-from trl_selfspec.sampling.logits_processing import SamplingLaw, effective_generation_config
+from trl_selfspec.sampling.logits_processing import BatchedLogitsProcessor, effective_generation_config
 
 
 LAWS = {
@@ -37,8 +37,8 @@ def _without_numbers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(engine, "self_check", lambda *args: None)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 2**30)
     monkeypatch.setattr(kernels, "available", lambda: False)
-    monkeypatch.setattr(Mirror, "refresh", lambda self: False)
-    monkeypatch.setattr(Mirror, "_policy_state", lambda self: ())
+    monkeypatch.setattr(PolicyReplica, "refresh", lambda self: False)
+    monkeypatch.setattr(PolicyReplica, "_policy_state", lambda self: ())
     monkeypatch.setattr(SelfSpecEngine, "_forward_context", lambda self: contextlib.nullcontext())
     with torch.no_grad():
         yield
@@ -51,7 +51,9 @@ def rollout(family: str, law: str, verification: str) -> Rollout:
     tested = SelfSpecEngine(model, options)
     config = effective_generation_config(model, GenerationConfig(max_new_tokens=8, **LAWS[law]))  # type: ignore[arg-type]
     requests = make_requests([[5, 6, 7], [8, 9], [5, 6, 7]], config, None, 96, 128)
-    made = tested._rollout(requests, SamplingLaw.from_generation_config(model, config, "cpu"), 0, None, False)
+    made = tested._rollout(
+        requests, BatchedLogitsProcessor.from_generation_config(model, config, "cpu"), 0, None, False
+    )
     made._admit()
     made.prepare_drafter()
     return made
@@ -82,6 +84,6 @@ def a_host_sync(scores: Tensor, *args: Tensor) -> Tensor:
 @pytest.mark.parametrize("mistake", [a_host_tensor, a_host_sync])
 def test_a_round_that_leaves_its_device_is_noticed(monkeypatch: pytest.MonkeyPatch, mistake: Callable):
     """Negative control: meta tensors put up with some mixtures."""
-    monkeypatch.setattr(verification.RejectionVerification, "draw", lambda self, *args: mistake(*args))
+    monkeypatch.setattr(verification.RejectionSampler, "draw", lambda self, *args: mistake(*args))
     with pytest.raises(RuntimeError, match=r"device|meta"):
         run(rollout("qwen2", "sampling", "rejection"))

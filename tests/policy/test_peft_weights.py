@@ -1,4 +1,4 @@
-"""PEFT laws: the mirror computes what the policy does with its active adapters, follows them, and leaves it alone."""
+"""PEFT laws: the replica computes what the policy does with its active adapters, follows them, and leaves it alone."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,14 +8,14 @@ import peft
 import pytest
 import torch
 from adapted import LAYERS, SWITCHES, adapted, difference, greedy, snapshot, speculating, stir, two_adapters
-from mirrored import logits_of, mirror_logits, policy_logits
 from peft import LoraConfig, get_peft_model
+from replicas import logits_of, policy_logits, replica_logits
 from tiny_models import tiny_model
 from trl_runs import ALWAYS_SPECULATE, FP32_LOGP_TOLERANCE, make_trainer, train, weights
 
 from trl_selfspec.policy import peft_weights as adapters
-from trl_selfspec.policy import replica as mirrors
-from trl_selfspec.policy.replica import Mirror, UnsupportedModelError
+from trl_selfspec.policy import replica as replicas
+from trl_selfspec.policy.replica import PolicyReplica, UnsupportedModelError
 
 
 FP32_TOLERANCE = 1e-4  # a merged layer sums in another order; logits are of size 5
@@ -43,14 +43,14 @@ FORMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias:UserWarning")
 @pytest.mark.parametrize("form", FORMS)
-def test_the_mirror_is_the_adapted_policy_and_leaves_it_alone(form: str) -> None:
+def test_the_replica_is_the_adapted_policy_and_leaves_it_alone(form: str) -> None:
     """Prevents rollouts that leave out a part of the adapter, and an adapter that is merged for good, or drifts."""
     policy = adapted(**FORMS[form])
     theirs = policy_logits(policy)
     before = snapshot(policy)
-    mirror = Mirror(policy)
-    mirror.refresh()
-    ours = mirror_logits(mirror)
+    replica = PolicyReplica(policy)
+    replica.refresh()
+    ours = replica_logits(replica)
     assert snapshot(policy) == before
     assert difference(ours, theirs) < FP32_TOLERANCE
     with policy.disable_adapter():
@@ -68,7 +68,7 @@ def test_what_merges_into_the_policy_itself_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("form", ["lora", "dora", "bias_of_the_adapter", "saved_head"])
-def test_a_mirror_without_the_adapter_is_noticed(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replica_without_the_adapter_is_noticed(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: the comparison above sees an adapter that is left out."""
     policy = adapted(**FORMS[form])
     monkeypatch.setattr(adapters, "_contributing", lambda module: [])
@@ -161,37 +161,37 @@ def test_another_active_adapter_is_noticed_and_followed(switch: str, saved_head:
     if saved_head and switch == "both":
         pytest.skip("PEFT allows one saved copy of a module at a time")
     policy = two_adapters(modules_to_save=["lm_head"] if saved_head else None)
-    mirror = Mirror(policy)
-    assert not mirror.stale
-    before = mirror_logits(mirror)
+    replica = PolicyReplica(policy)
+    assert not replica.stale
+    before = replica_logits(replica)
     SWITCHES[switch](policy)
-    assert mirror.stale
-    mirror.refresh()
-    assert not mirror.stale
-    assert difference(mirror_logits(mirror), policy_logits(policy)) < FP32_TOLERANCE
+    assert replica.stale
+    replica.refresh()
+    assert not replica.stale
+    assert difference(replica_logits(replica), policy_logits(policy)) < FP32_TOLERANCE
     if switch != "merged":
-        assert difference(mirror_logits(mirror), before) > MATTERS
+        assert difference(replica_logits(replica), before) > MATTERS
 
 
 def test_versions_do_not_see_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: without the state of the adapters the switch above goes unnoticed."""
-    monkeypatch.setattr(mirrors, "adapter_state", lambda base: ())
+    monkeypatch.setattr(replicas, "adapter_state", lambda base: ())
     policy = two_adapters()
-    mirror = Mirror(policy)
+    replica = PolicyReplica(policy)
     policy.set_adapter("ref")
-    assert not mirror.stale
+    assert not replica.stale
 
 
 def test_switching_there_and_back_is_no_change() -> None:
     """Prevents a refresh after every use of the reference adapter."""
     policy = two_adapters()
-    mirror = Mirror(policy)
+    replica = PolicyReplica(policy)
     policy.set_adapter("ref")
     policy_logits(policy)
     policy.set_adapter("default")
     with policy.disable_adapter():
         policy_logits(policy)
-    assert not mirror.stale
+    assert not replica.stale
 
 
 def test_the_reference_adapter_is_not_sampled_from() -> None:
@@ -210,29 +210,29 @@ def test_the_reference_adapter_is_not_sampled_from() -> None:
 def test_storage_stays_where_it_is_over_updates_and_switches(autocast_dtype: torch.dtype | None) -> None:
     """Prevents captured graphs from reading freed memory."""
     policy = two_adapters()
-    mirror = Mirror(policy, autocast_dtype)
-    tensors = [*mirror.model.named_parameters(), *mirror.model.named_buffers()]
+    replica = PolicyReplica(policy, autocast_dtype)
+    tensors = [*replica.model.named_parameters(), *replica.model.named_buffers()]
     before = {name: tensor.data_ptr() for name, tensor in tensors}
-    first = mirror_logits(mirror)
+    first = replica_logits(replica)
     for change in (stir, SWITCHES["set_adapter"], SWITCHES["disabled"]):
         change(policy)
-        assert mirror.stale
-        mirror.refresh()
+        assert replica.stale
+        replica.refresh()
     assert {name: tensor.data_ptr() for name, tensor in tensors} == before
-    assert difference(mirror_logits(mirror), first) > MATTERS
+    assert difference(replica_logits(replica), first) > MATTERS
 
 
-def test_adapters_may_come_and_go_under_a_mirror() -> None:
-    """Prevents a mirror that reads layers which PEFT has wrapped or unwrapped since it was built."""
+def test_adapters_may_come_and_go_under_a_replica() -> None:
+    """Prevents a replica that reads layers which PEFT has wrapped or unwrapped since it was built."""
     model = tiny_model("qwen2")
-    mirror = Mirror(model)
+    replica = PolicyReplica(model)
     policy = get_peft_model(model, LoraConfig(target_modules=LAYERS))
     stir(policy)
     for unwrap in (lambda: policy, policy.merge_and_unload):
         current = unwrap()
-        assert mirror.stale
-        mirror.refresh()
-        assert difference(mirror_logits(mirror), policy_logits(current)) < FP32_TOLERANCE
+        assert replica.stale
+        replica.refresh()
+        assert difference(replica_logits(replica), policy_logits(current)) < FP32_TOLERANCE
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -248,7 +248,7 @@ def test_what_has_no_merged_form_is_refused_by_name(form: str) -> None:
     """Prevents rollouts that leave the adapter out, and an error from the middle of a run."""
     values, name = REFUSED[form]
     with pytest.raises(UnsupportedModelError, match=name):
-        Mirror(adapted("llama", **values))
+        PolicyReplica(adapted("llama", **values))
 
 
 def test_a_forward_that_was_replaced_is_refused() -> None:
@@ -257,17 +257,17 @@ def test_a_forward_that_was_replaced_is_refused() -> None:
     layer = policy.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
     layer.forward = layer.base_layer.forward
     with pytest.raises(UnsupportedModelError, match="forward of its own"):
-        Mirror(policy)
+        PolicyReplica(policy)
 
 
 def test_merged_and_disabled_at_once_is_refused() -> None:
     """Prevents rollouts from merged weights that PEFT's next forward would take back."""
     policy = adapted()
-    mirror = Mirror(policy)
+    replica = PolicyReplica(policy)
     policy.merge_adapter()
     policy.base_model.disable_adapter_layers()
     with pytest.raises(UnsupportedModelError, match="merged and disabled"):
-        mirror.refresh()
+        replica.refresh()
 
 
 @pytest.mark.parametrize("qtype", ["qint8", "qint4"])
@@ -279,7 +279,7 @@ def test_a_policy_that_is_quantized_already_is_refused(qtype: str) -> None:
     quantize(model, weights=qtype)
     freeze(model)
     with pytest.raises(UnsupportedModelError, match="quantized"):
-        Mirror(model)
+        PolicyReplica(model)
 
 
 def test_a_trained_adapter_of_16_bit_weights_is_rounded_once() -> None:

@@ -15,7 +15,7 @@ from trl_selfspec.drafter.quantized_linear import QuantizedLinear
 from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.kernels.cpu import build
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.policy import replica as mirror
+from trl_selfspec.policy import replica as replica
 from trl_selfspec.policy.replica import UnsupportedModelError
 
 
@@ -93,7 +93,7 @@ def test_a_refresh_moves_no_storage(autocast_dtype: torch.dtype | None) -> None:
     model = tiny_model("llama")
     engine = make_engine(model, autocast_dtype)
     outputs(engine)
-    trees = (model, engine._mirror.model, engine._drafter)
+    trees = (model, engine._replica.model, engine._drafter)
     before = [addresses(tree) for tree in trees]
     scale_weights(model, seed=7)
     engine.refresh()
@@ -107,7 +107,7 @@ def test_weights_are_shared_where_they_may_be() -> None:
     engine = make_engine(model)
     outputs(engine)
     policy = addresses(model)
-    parameters = {name: p.data_ptr() for name, p in engine._mirror.model.named_parameters(remove_duplicate=False)}
+    parameters = {name: p.data_ptr() for name, p in engine._replica.model.named_parameters(remove_duplicate=False)}
     assert parameters == {name: policy[name] for name in parameters}
     shared = {name: p.data_ptr() for name, p in engine._drafter.named_parameters(remove_duplicate=False)}
     assert shared == {name: policy[name] for name in shared}
@@ -135,7 +135,7 @@ def test_a_refresh_that_was_interrupted_is_not_over() -> None:
     model = tiny_model()
     engine = make_engine(model, torch.bfloat16)
     scale_weights(model, seed=1)
-    engine._mirror._copies[-1] = engine._mirror._copies[-1][0], interrupt
+    engine._replica._copies[-1] = engine._replica._copies[-1][0], interrupt
     with pytest.raises(KeyboardInterrupt):
         engine.refresh()
     assert engine.stale
@@ -174,7 +174,7 @@ def test_release_gives_the_pages_back() -> None:
     expected = outputs(engine)
     engine.release()
     assert engine._kept is None
-    trees = (engine._mirror.model, engine._drafter)
+    trees = (engine._replica.model, engine._drafter)
     assert all(getattr(module, "paged_cache", None) is None for tree in trees for module in tree.modules())
     assert outputs(engine) == expected
 
@@ -255,13 +255,13 @@ def test_our_kernels_round_like_bf16() -> None:
 
 @torch.no_grad()
 def forward_both(policy: nn.Module) -> tuple[Tensor, Tensor]:
-    """Logits of the mirror's own modules without a cache, and of the policy, both under bf16 autocast."""
+    """Logits of the replica's own modules without a cache, and of the policy, both under bf16 autocast."""
     engine = make_engine(policy, torch.bfloat16)
-    tree = mirror._meta_tree(engine._mirror.base, engine._mirror.base.config._attn_implementation)
-    for name, module in engine._mirror.model.named_modules():
-        if isinstance(module, mirror.MirrorLinear):
-            mirror._replace(tree, name, module)
-    mirror._adopt(tree, engine._mirror.model)
+    tree = replica._meta_tree(engine._replica.base, engine._replica.base.config._attn_implementation)
+    for name, module in engine._replica.model.named_modules():
+        if isinstance(module, replica.ReplicaLinear):
+            replica._replace(tree, name, module)
+    replica._adopt(tree, engine._replica.model)
     ids = torch.tensor([PROMPTS[1]])
     with engine._forward_context():
         ours = tree(input_ids=ids, use_cache=False).logits
@@ -333,8 +333,8 @@ def test_a_broken_refresh_is_noticed(autocast_dtype: torch.dtype | None) -> None
     model = tiny_model("llama")
     engine = make_engine(model, autocast_dtype, num_speculative_tokens=0)
     if autocast_dtype is None:
-        engine._mirror.model.lm_head.weight.data = model.lm_head.weight.detach().clone()
-    engine._mirror._aliases, engine._mirror._copies = [], []
+        engine._replica.model.lm_head.weight.data = model.lm_head.weight.detach().clone()
+    engine._replica._aliases, engine._replica._copies = [], []
     scale_weights(model, seed=7)
     engine.refresh()
     assert outputs(engine) != outputs(make_engine(model, autocast_dtype, num_speculative_tokens=0))

@@ -17,9 +17,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trl_selfspec import SelfSpecEngine, SelfSpecOptions
 from trl_selfspec.kv_cache.attention import IMPLEMENTATION, selfspec_attention
-from trl_selfspec.policy import replica as mirror
+from trl_selfspec.policy import replica as replica
 from trl_selfspec.policy import self_check as selfcheck
-from trl_selfspec.policy.replica import Mirror, UnsupportedModelError
+from trl_selfspec.policy.replica import PolicyReplica, UnsupportedModelError
 from trl_selfspec.policy.self_check import Calibration, self_check
 
 
@@ -30,7 +30,7 @@ HEADROOM = 0.75  # of the limit: what sound policies stay below, so that no roun
 
 def check(model: PreTrainedModel, autocast: torch.dtype | None = None) -> Calibration:
     context = torch.autocast("cpu", dtype=autocast, enabled=autocast is not None, cache_enabled=False)
-    return self_check(Mirror(model, autocast), model, context)
+    return self_check(PolicyReplica(model, autocast), model, context)
 
 
 @pytest.mark.parametrize("mode", ["bf16", "autocast"])  # fp32 is what every other test of a family runs in
@@ -69,7 +69,7 @@ def tampered_attention(tamper: Callable[[dict[str, Any]], object]) -> Iterator[N
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, IMPLEMENTATION, attention)
-        patch.setattr(mirror, "computing_the_same", lambda *args: [])
+        patch.setattr(replica, "computing_the_same", lambda *args: [])
         yield
 
 
@@ -115,9 +115,9 @@ def test_a_fault_of_attention_is_refused(fault: str, dtype: torch.dtype) -> None
 def test_positions_that_are_off_by_one_are_refused(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """A step that counts from the wrong slot turns its queries away from the keys before it."""
     model = tiny_model("llama", dtype=dtype)
-    make = Mirror._complete
+    make = PolicyReplica._complete
 
-    def shifted(self: Mirror, tree: PreTrainedModel) -> PreTrainedModel:
+    def shifted(self: PolicyReplica, tree: PreTrainedModel) -> PreTrainedModel:
         def shift(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             if not kwargs["past_key_values"].fresh:
                 kwargs["position_ids"] = kwargs["position_ids"] + 1
@@ -127,7 +127,7 @@ def test_positions_that_are_off_by_one_are_refused(monkeypatch: pytest.MonkeyPat
             tree.register_forward_pre_hook(shift, with_kwargs=True)
         return make(self, tree)
 
-    monkeypatch.setattr(Mirror, "_complete", shifted)
+    monkeypatch.setattr(PolicyReplica, "_complete", shifted)
     with pytest.raises(UnsupportedModelError, match="next-token distributions"):
         check(model)
 
@@ -136,9 +136,9 @@ def test_positions_that_are_off_by_one_are_refused(monkeypatch: pytest.MonkeyPat
 def test_a_wrong_share_of_rotary_dimensions_is_refused(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """A replica of a config that lost `partial_rotary_factor` would rotate all of each head."""
     model = tiny_model("gpt_neox", dtype=dtype)
-    make = Mirror._complete
+    make = PolicyReplica._complete
 
-    def forgetful(self: Mirror, tree: PreTrainedModel) -> PreTrainedModel:
+    def forgetful(self: PolicyReplica, tree: PreTrainedModel) -> PreTrainedModel:
         if tree.config._attn_implementation == IMPLEMENTATION:
             rotary: Any = tree.base_model.rotary_emb
             head_dim = tree.config.hidden_size // tree.config.num_attention_heads
@@ -147,7 +147,7 @@ def test_a_wrong_share_of_rotary_dimensions_is_refused(monkeypatch: pytest.Monke
         return make(self, tree)
 
     check(model)
-    monkeypatch.setattr(Mirror, "_complete", forgetful)
+    monkeypatch.setattr(PolicyReplica, "_complete", forgetful)
     with pytest.raises(UnsupportedModelError, match="next-token distributions"):
         check(model)
 
@@ -255,7 +255,7 @@ def test_other_accelerators_are_refused_by_name(device: str) -> None:
     """They have no float64, which the random numbers need; a TypeError in the first round says nothing of that."""
     parameter = SimpleNamespace(device=SimpleNamespace(type=device))
     with pytest.raises(UnsupportedModelError, match=f"on {device}"):
-        mirror._refuse_device(SimpleNamespace(parameters=lambda: [parameter], modules=list))  # type: ignore[arg-type]
+        replica._refuse_device(SimpleNamespace(parameters=lambda: [parameter], modules=list))  # type: ignore[arg-type]
 
 
 def test_the_statistic_does_not_grow_with_the_vocabulary() -> None:

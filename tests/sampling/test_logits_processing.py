@@ -13,7 +13,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, Qwen2Config, Qwen2ForCausalLM
 
 from trl_selfspec.sampling import logits_processing as law_module
-from trl_selfspec.sampling.logits_processing import SamplingLaw, effective_generation_config, unsupported_parameters
+from trl_selfspec.sampling.logits_processing import (
+    BatchedLogitsProcessor,
+    effective_generation_config,
+    unsupported_parameters,
+)
 
 
 VOCAB_SIZE = 12
@@ -107,8 +111,8 @@ def sampling_config(**parameters: Any) -> GenerationConfig:
     return GenerationConfig(**{"do_sample": True, "top_k": 0, "eos_token_id": [2, 5], **length, **parameters})
 
 
-def build_law(model: Qwen2ForCausalLM, config: GenerationConfig) -> SamplingLaw:
-    return SamplingLaw.from_generation_config(model, effective_generation_config(model, config), "cpu")
+def build_law(model: Qwen2ForCausalLM, config: GenerationConfig) -> BatchedLogitsProcessor:
+    return BatchedLogitsProcessor.from_generation_config(model, effective_generation_config(model, config), "cpu")
 
 
 def prepared_processors(model: Qwen2ForCausalLM, config: GenerationConfig, prompt: Tensor) -> LogitsProcessorList:
@@ -194,7 +198,7 @@ def test_the_callers_logits_and_config_are_left_alone(model, batch, parameters):
     """Prevents the policy's log-probabilities, taken from the same logits, from being of processed scores."""
     config = effective_generation_config(model, sampling_config(**parameters))
     before, fields = batch[0].clone(), dict(vars(config))
-    SamplingLaw.from_generation_config(model, config, "cpu").process(*batch)
+    BatchedLogitsProcessor.from_generation_config(model, config, "cpu").process(*batch)
     assert torch.equal(batch[0], before)
     assert vars(config) == fields
 

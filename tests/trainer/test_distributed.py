@@ -1,4 +1,4 @@
-"""Two processes (gloo, CPU) under DDP, FSDP2 and DeepSpeed: no deadlock, one run, weights gathered for the mirror.
+"""Two processes (gloo, CPU) under DDP, FSDP2 and DeepSpeed: no deadlock, one run, weights gathered for the replica.
 
 Each backend is launched once; `distributed_worker.py` runs its scenarios and the tests read what every rank wrote.
 """
@@ -92,7 +92,7 @@ def test_a_seed_repeats_and_ranks_differ(outcome: Any) -> None:
 
 
 def test_sharding_does_not_change_the_samples(outcome: Any) -> None:
-    """The mirror holds gathered weights: one wrong shard, and tokens differ from those of a policy that is whole."""
+    """The replica holds gathered weights: one wrong shard, and tokens differ from those of a policy that is whole."""
     for ddp, fsdp in zip(outcome("ddp")["stopped_and_resumed"], outcome("fsdp")["stopped_and_resumed"], strict=True):
         assert fsdp["whole"]["completions"] == ddp["whole"]["completions"]
 
@@ -147,7 +147,7 @@ def test_a_rank_without_an_engine_takes_the_others_along(outcome: Any, suite: st
 
 @pytest.mark.parametrize("suite", ["ddp", "fsdp"])
 def test_evaluation_between_steps_with_groups_on_two_ranks(outcome: Any, suite: str) -> None:
-    """A forward without a backward leaves FSDP's last layers gathered: aliased, they are freed under the mirror."""
+    """A forward without a backward leaves FSDP's last layers gathered: aliased, they are freed under the replica."""
     first, second = outcome(suite)["with_evaluation"]
     assert_sampled_from_the_policy(first["log"])
     assert len(first["eval_log"]) == 3
@@ -163,7 +163,7 @@ def test_lora_merges_into_gathered_weights(outcome: Any) -> None:
     assert first["weights"] == second["weights"]
 
 
-def test_fsdps_mixed_precision_is_the_mirrors_law(outcome: Any) -> None:
+def test_fsdps_mixed_precision_is_the_replicas_law(outcome: Any) -> None:
     """FSDP casts norms and embeddings too; without that cast, the negative control, logits are visibly others."""
     for rank in outcome("fsdp")["bf16_law"]:
         assert rank["cast"] == 0

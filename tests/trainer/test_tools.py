@@ -20,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_runs import ALWAYS_SPECULATE, FP32_LOGP_TOLERANCE, Recorder, make_trainer, module_state, train, weights
 
 from trl_selfspec import SelfSpecGRPOTrainer
-from trl_selfspec.kv_cache.prefix_cache import KeptRows, Tokens
+from trl_selfspec.kv_cache.prefix_cache import PrefixCache, Tokens
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using '(rollout_func|environment_factory)':UserWarning")
@@ -93,13 +93,13 @@ def test_greedy_conversations_are_those_of_trls_own_generation(tmp_path: Path, w
 def test_another_rows_history_shows_in_greedy_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: rows that go on from the other group's keys fail the comparison above."""
     _, expected, _ = greedy_run(tmp_path / "right", "tools", **ALWAYS_SPECULATE)
-    found = KeptRows.longest_prefix
+    found = PrefixCache.longest_prefix
 
-    def wrong(kept: KeptRows, prompt: Tokens) -> tuple[int, int]:
+    def wrong(kept: PrefixCache, prompt: Tokens) -> tuple[int, int]:
         row, num_tokens = found(kept, prompt)
         return (row + 3) % kept.cache.max_rows, num_tokens
 
-    monkeypatch.setattr(KeptRows, "longest_prefix", wrong)
+    monkeypatch.setattr(PrefixCache, "longest_prefix", wrong)
     _, reward, _ = greedy_run(tmp_path / "wrong", "tools", **ALWAYS_SPECULATE)
     assert reward.completion_ids[0] != expected.completion_ids[0]
 

@@ -27,7 +27,7 @@ from trl_runs import (
 )
 
 from trl_selfspec import SelfSpecEngine, SelfSpecMixin
-from trl_selfspec.policy.replica import Mirror
+from trl_selfspec.policy.replica import PolicyReplica
 from trl_selfspec.trainer.fallback import input_reason
 
 
@@ -71,7 +71,7 @@ def test_greedy_rollouts_equal_trls_own_path_over_a_run(tmp_path: Path, lora: bo
 def test_a_missed_refresh_shows_in_greedy_rollouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: an engine that does not follow a LoRA policy fails the comparison above."""
     followed = greedy_run(tmp_path, lora=True, **ALWAYS_SPECULATE)
-    monkeypatch.setattr(Mirror, "stale", False)
+    monkeypatch.setattr(PolicyReplica, "stale", False)
     monkeypatch.setattr(SelfSpecEngine, "refresh", lambda engine, draft=True: None)
     frozen = greedy_run(tmp_path, lora=True, **ALWAYS_SPECULATE)
     assert frozen[0] == followed[0]
@@ -79,7 +79,7 @@ def test_a_missed_refresh_shows_in_greedy_rollouts(tmp_path: Path, monkeypatch: 
 
 
 def test_lora_trains_the_adapter_alone(tmp_path: Path) -> None:
-    """The mirror merges the adapter: the policy's base weights must not move, or they drift a little every step."""
+    """The replica merges the adapter: the policy's base weights must not move, or they drift a little every step."""
     peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     trainer = make_trainer(tmp_path, trainer_kwargs={"peft_config": peft_config}, **ALWAYS_SPECULATE)
     before = weights(trainer)
@@ -105,7 +105,7 @@ def test_what_the_engine_cannot_honour_is_generated_by_trl_and_named(
     assert reason in warnings[0]
 
 
-def test_a_model_the_engine_cannot_mirror_is_generated_by_trl_and_named(
+def test_a_model_the_engine_cannot_replicate_is_generated_by_trl_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An unsupported architecture must train as it would with TRL, not end in an error from inside the engine."""

@@ -14,7 +14,7 @@ from trl_runs import ALWAYS_SPECULATE, Recorder, make_model, make_trainer, train
 
 from trl_selfspec.engine import engine as engines
 from trl_selfspec.engine.engine import SelfSpecEngine
-from trl_selfspec.policy.replica import Mirror
+from trl_selfspec.policy.replica import PolicyReplica
 from trl_selfspec.trainer.metrics import STATE_FILE
 from trl_selfspec.trainer.mixin import FALLBACK_WARNING
 
@@ -53,12 +53,12 @@ def test_a_hybrid_trains_with_trls_own_generation(tmp_path: Path, warnings: Any)
 
 
 @pytest.mark.parametrize("error", [out_of_memory, vanished])
-@pytest.mark.parametrize("place", ["mirror", "check"])
+@pytest.mark.parametrize("place", ["replica", "check"])
 def test_an_engine_that_can_not_be_built_ends_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: Any, place: str, error: Any
 ) -> None:
     """Whatever the exception: a model of tomorrow, or a device without memory for a second module tree."""
-    monkeypatch.setattr(*{"mirror": (Mirror, "_complete"), "check": (engines, "self_check")}[place], error)
+    monkeypatch.setattr(*{"replica": (PolicyReplica, "_complete"), "check": (engines, "self_check")}[place], error)
     reward = Recorder()
     assert_trl_generated(train(make_trainer(tmp_path, reward=reward)), reward)
     (warning,) = warnings()
@@ -69,7 +69,7 @@ def test_a_rollout_that_fails_is_generated_by_trl(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: Any
 ) -> None:
     """Out of memory in the first round: the completions of this step are TRL's, and so are all later ones."""
-    monkeypatch.setattr("trl_selfspec.engine.model_runner.RoundRunner.plain", out_of_memory)
+    monkeypatch.setattr("trl_selfspec.engine.model_runner.ModelRunner.plain", out_of_memory)
     reward = Recorder()
     trainer = make_trainer(tmp_path, reward=reward, selfspec_num_speculative_tokens=0)
     assert_trl_generated(train(trainer), reward)
@@ -83,7 +83,7 @@ def test_a_rollout_that_fails_is_generated_by_trl(
     [
         "trl_selfspec.engine.engine.make_drafter",
         "trl_selfspec.engine.engine.requantize",
-        "trl_selfspec.engine.model_runner.RoundRunner._draft",
+        "trl_selfspec.engine.model_runner.ModelRunner._draft",
     ],
 )
 def test_a_drafter_that_fails_leaves_plain_rounds(
@@ -217,7 +217,7 @@ def test_after_a_resume_the_engine_is_checked_again(tmp_path: Path, monkeypatch:
     trainer._prepare_engine()
     checked: list[str] = []
     monkeypatch.setattr(SelfSpecEngine, "check", lambda self: checked.append("check"))
-    trainer._follower.load_state_dict(copy.deepcopy(trainer._follower.state_dict()))
+    trainer._engine_sync.load_state_dict(copy.deepcopy(trainer._engine_sync.state_dict()))
     trainer._prepare_engine()
     trainer._prepare_engine()
     assert checked == ["check"]

@@ -71,7 +71,7 @@ def test_a_plain_grpo_config_is_enough(tmp_path: Path) -> None:
 
 
 def test_the_default_mixed_precision_runs(tmp_path: Path) -> None:
-    """TRL's default is fp32 weights under bf16 autocast: a cache or a mirror in the wrong dtype fails only there."""
+    """TRL's default is fp32 weights under bf16 autocast: a cache or a replica in the wrong dtype fails only there."""
     trainer = make_trainer(tmp_path, bf16=True, **ALWAYS_SPECULATE)
     assert trainer.accelerator.mixed_precision == "bf16"
     for entry in train(trainer):

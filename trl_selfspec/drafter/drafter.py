@@ -1,4 +1,4 @@
-"""The drafter: the target mirror's tree with quantized Linear layers.
+"""The drafter: the target replica's tree with quantized Linear layers.
 
 Its weights come in two forms. Merged: the target's weights are quantized anew after every change. Live, for LoRA: the
 frozen base is quantized once, and the active adapters run on top in the layer's dtype. A change of the adapters then
@@ -19,7 +19,7 @@ from trl_selfspec.drafter.quantized_linear import QuantizedLinear
 from trl_selfspec.kernels import triton_support as gpu
 from trl_selfspec.policy.fused_layers import joinable_projections
 from trl_selfspec.policy.peft_weights import effective_tensor, find_module, frozen_state, inner_module, lora_factors
-from trl_selfspec.policy.replica import Mirror, MirrorLinear
+from trl_selfspec.policy.replica import PolicyReplica, ReplicaLinear
 
 
 class LiveLoraLinear(QuantizedLinear):
@@ -105,21 +105,21 @@ class QuantizedRows(nn.Module):
 
 
 def make_drafter(
-    mirror: Mirror, qtype: str, quantize_lm_head: bool = True, live_adapters: bool = False
+    replica: PolicyReplica, qtype: str, quantize_lm_head: bool = True, live_adapters: bool = False
 ) -> PreTrainedModel:
-    """The target mirror's tree and tensors with a `QuantizedLinear` for every Linear layer; fill it by `requantize`.
+    """The target replica's tree and tensors with a `QuantizedLinear` for every Linear layer; fill it by `requantize`.
 
     Args:
-        mirror: the target mirror.
+        replica: the target replica.
         qtype: quanto's name of the weights' type.
         quantize_lm_head: quantize the output head too.
         live_adapters: keep LoRA adapters unmerged, for `requantize` to be cheap.
     """
-    head = mirror.model.get_output_embeddings()
-    live = {name for name in _linear_names(mirror) if live_adapters and _has_factors(mirror, name)}
-    joined = _joined(mirror, qtype, live)
+    head = replica.model.get_output_embeddings()
+    live = {name for name in _linear_names(replica) if live_adapters and _has_factors(replica, name)}
+    joined = _joined(replica, qtype, live)
 
-    def quantized(name: str, layer: MirrorLinear) -> nn.Module:
+    def quantized(name: str, layer: ReplicaLinear) -> nn.Module:
         if layer is head and not quantize_lm_head:
             return layer
         if name in joined:
@@ -128,26 +128,26 @@ def make_drafter(
         sizes = layer.in_features, layer.out_features
         return form(*sizes, layer.bias, qtype, layer.weight.dtype, layer.weight.device)
 
-    return mirror.tree(linear=quantized)
+    return replica.tree(linear=quantized)
 
 
-def _linear_names(mirror: Mirror) -> list[str]:
-    return [name for name, module in mirror.model.named_modules() if isinstance(module, MirrorLinear)]
+def _linear_names(replica: PolicyReplica) -> list[str]:
+    return [name for name, module in replica.model.named_modules() if isinstance(module, ReplicaLinear)]
 
 
-def _has_factors(mirror: Mirror, name: str) -> bool:
-    return lora_factors(find_module(mirror.base, name)) is not None
+def _has_factors(replica: PolicyReplica, name: str) -> bool:
+    return lora_factors(find_module(replica.base, name)) is not None
 
 
-def _joined(mirror: Mirror, qtype: str, live: set[str]) -> dict[str, QuantizedRows]:
+def _joined(replica: PolicyReplica, qtype: str, live: set[str]) -> dict[str, QuantizedRows]:
     """The parts of the joined layers by name, where kernels run them at once."""
     joined: dict[str, QuantizedRows] = {}
-    if not gpu.runs_triton(mirror.embeddings.device):
+    if not gpu.runs_triton(replica.embeddings.device):
         return joined
-    for layer in mirror.fast_layers:
-        for group in joinable_projections(mirror.model.get_submodule(layer)):
+    for layer in replica.fast_layers:
+        for group in joinable_projections(replica.model.get_submodule(layer)):
             names = [f"{layer}.{name}" for name in group]
-            linears = [mirror.model.get_submodule(name) for name in names]
+            linears = [replica.model.get_submodule(name) for name in names]
             biases = [linear.bias for linear in linears if linear.bias is not None]
             if live & set(names) or len(biases) not in (0, len(names)):
                 continue
@@ -169,20 +169,20 @@ def quantized_layers(drafter: nn.Module) -> Iterator[tuple[str, QuantizedLinear 
 
 
 @torch.no_grad()
-def requantize(drafter: nn.Module, mirror: Mirror) -> bool:
+def requantize(drafter: nn.Module, replica: PolicyReplica) -> bool:
     """Quantizes the current weights into the drafter, in place, layer by layer; skips frozen ones that stayed.
 
     Returns whether a layer computes with other tensors than before: adapters changed their rank, came or went.
     """
     moved, changed = False, dict[QuantizedLinear, None]()
     for name, module in quantized_layers(drafter):
-        source, factors = find_module(mirror.base, name), None
+        source, factors = find_module(replica.base, name), None
         if isinstance(module, LiveLoraLinear):
             moved |= module.follow(factors := lora_factors(source))
         live, quantized = factors is not None, inner_module(source) if factors is not None else source
         state = frozen_state(quantized)
         if state is None or (live, state) != getattr(module, "quantized_state", None):
-            layer = mirror.model.get_submodule(name)
+            layer = replica.model.get_submodule(name)
             weight = effective_tensor(quantized, "weight") if live else layer.weight
             module.requantize_(weight, derive=False)  # type: ignore[arg-type]
             changed[module.whole if isinstance(module, QuantizedRows) else module] = None
@@ -200,7 +200,7 @@ def has_live_adapters(drafter: nn.Module) -> bool:
 
 
 def drafter_bytes(drafter: nn.Module) -> int:
-    """Bytes the drafter holds beyond what it shares with the target mirror."""
+    """Bytes the drafter holds beyond what it shares with the target replica."""
     wholes = {module.whole for module in drafter.modules() if isinstance(module, QuantizedRows)}
     biases = sum(whole.bias.nbytes for whole in wholes if whole.bias is not None)
     return biases + sum(module.nbytes for module in drafter.modules() if isinstance(module, QuantizedLinear))

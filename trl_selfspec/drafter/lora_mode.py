@@ -19,7 +19,7 @@ from trl_selfspec.control.stats import RolloutStats
 from trl_selfspec.drafter.linear_backends import DEQUANTIZING
 from trl_selfspec.drafter.quantized_linear import QuantizedLinear
 from trl_selfspec.policy.peft_weights import find_module, lora_factors
-from trl_selfspec.policy.replica import Mirror, MirrorLinear
+from trl_selfspec.policy.replica import PolicyReplica, ReplicaLinear
 from trl_selfspec.utils import Clock
 
 
@@ -83,27 +83,27 @@ class FormChoice:
         return chosen
 
 
-def measured_choice(mirror: Mirror, qtype: str, by_cost: bool) -> FormChoice:
-    """The choice between the forms of this mirror's drafter."""
-    return FormChoice(functools.partial(form_costs, mirror, qtype), by_cost)
+def measured_choice(replica: PolicyReplica, qtype: str, by_cost: bool) -> FormChoice:
+    """The choice between the forms of this replica's drafter."""
+    return FormChoice(functools.partial(form_costs, replica, qtype), by_cost)
 
 
 @torch.no_grad()
-def form_costs(mirror: Mirror, qtype: str, num_rows: int) -> FormCosts | None:
+def form_costs(replica: PolicyReplica, qtype: str, num_rows: int) -> FormCosts | None:
     """Measured on one layer of each shape; `None` where there are no LoRA layers."""
-    shapes = Counter((layer.weight.shape[0], layer.weight.shape[1], rank) for layer, rank in _lora_layers(mirror))
+    shapes = Counter((layer.weight.shape[0], layer.weight.shape[1], rank) for layer, rank in _lora_layers(replica))
     if not shapes:
         return None
-    like = next(_lora_layers(mirror))[0].weight
+    like = next(_lora_layers(replica))[0].weight
     live = sum(count * _live_seconds(like, num_rows, *shape) for shape, count in shapes.items())
     merged = sum(count * _merged_seconds(like, qtype, n, k) for (n, k, _), count in shapes.items())
     return FormCosts(live, merged)
 
 
 @torch.no_grad()
-def requantize_seconds(mirror: Mirror, qtype: str) -> float:
-    """What quantizing the whole mirror should take, from one layer of middle size."""
-    weights = [module.weight for module in mirror.model.modules() if isinstance(module, MirrorLinear)]
+def requantize_seconds(replica: PolicyReplica, qtype: str) -> float:
+    """What quantizing the whole replica should take, from one layer of middle size."""
+    weights = [module.weight for module in replica.model.modules() if isinstance(module, ReplicaLinear)]
     if not weights:
         return 0.0
     sample = sorted(weights, key=torch.numel)[len(weights) // 2]
@@ -111,10 +111,13 @@ def requantize_seconds(mirror: Mirror, qtype: str) -> float:
     return _merged_seconds(sample, qtype, out_features, in_features) * sum(map(torch.numel, weights)) / sample.numel()
 
 
-def _lora_layers(mirror: Mirror) -> Iterator[tuple[MirrorLinear, int]]:
+def _lora_layers(replica: PolicyReplica) -> Iterator[tuple[ReplicaLinear, int]]:
     """Layers whose adapters may stay live, with the rank of all active ones together."""
-    for name, module in mirror.model.named_modules():
-        if isinstance(module, MirrorLinear) and (factors := lora_factors(find_module(mirror.base, name))) is not None:
+    for name, module in replica.model.named_modules():
+        if (
+            isinstance(module, ReplicaLinear)
+            and (factors := lora_factors(find_module(replica.base, name))) is not None
+        ):
             yield module, len(factors[0])
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from trl_selfspec.utils import to_device
 
 
-class RowState:
+class BatchState:
     """The rows being decoded. Row r's keys and values are valid for slots below `lengths[r] - 1`.
 
     Provisional drafts are written behind a row's length, where the sampling law finds each position's own history.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from trl_selfspec.sampling.logits_processing import SamplingLaw
+from trl_selfspec.sampling.logits_processing import BatchedLogitsProcessor
 
 
 logger = logging.get_logger(__name__)
@@ -57,12 +57,14 @@ class GraphPool:
     def __init__(self, capture: Capture | None = None, required: bool = False) -> None:
         self._capture, self._required = capture, required
         self._graphs: dict[Hashable, dict[Program, tuple[Replay | None, Function]]] = {}  # by law
-        self._laws: dict[Hashable, SamplingLaw] = {}
-        self._law: Hashable = None  # None: one that can't be captured
+        self._processors: dict[Hashable, BatchedLogitsProcessor] = {}
+        self._processor: Hashable = None  # None: one that can't be captured
         self._most_rows = self._most_slots = 0
         self.typical = True
 
-    def begin_rollout(self, law: SamplingLaw, max_rows: int, row_capacity: int) -> SamplingLaw:
+    def begin_rollout(
+        self, logits_processor: BatchedLogitsProcessor, max_rows: int, row_capacity: int
+    ) -> BatchedLogitsProcessor:
         """Announces rounds under `law`, for a state and a cache of this size.
 
         Returns the law to run: an equal one whose programs have run before, since some processors are prepared on
@@ -72,32 +74,32 @@ class GraphPool:
             CaptureError: capture is required and the law needs the host.
         """
         if self._capture is None:
-            return law
-        if law.needs_host and self._required:
+            return logits_processor
+        if logits_processor.needs_host and self._required:
             raise CaptureError(
                 "These sampling parameters need the host in every round, so rounds can't be captured; use "
                 '`cuda_graphs="auto"`, or leave out the n-gram, bias, forced-token and encoder parameters, `top_h` '
                 "and `eta_cutoff`."
             )
         self._most_rows, self._most_slots = max_rows, row_capacity
-        self._law = None if law.needs_host else law.signature
-        if self._law is None:
-            return law
-        self._graphs.setdefault(self._law, {})
+        self._processor = None if logits_processor.needs_host else logits_processor.signature
+        if self._processor is None:
+            return logits_processor
+        self._graphs.setdefault(self._processor, {})
         if len(self._graphs) > MAX_LAWS:
             self.clear()
-            self._graphs, self._laws = {self._law: {}}, {}
-        return self._laws.setdefault(self._law, law)
+            self._graphs, self._processors = {self._processor: {}}, {}
+        return self._processors.setdefault(self._processor, logits_processor)
 
     def begin_round(self) -> None:
         self.typical = True
 
     def run(self, program: Program, function: Function) -> Tensor:
         """Runs `function`, or replays it, for at least the program's rows and slots."""
-        if self._capture is None or self._law is None:
+        if self._capture is None or self._processor is None:
             return function(program)
         program = self.padded(program)
-        graphs = self._graphs[self._law]
+        graphs = self._graphs[self._processor]
         replay, captured = graphs.get(program, (None, None))
         if replay is not None:
             return replay()

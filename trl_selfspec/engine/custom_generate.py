@@ -36,7 +36,7 @@ _GENERATE = inspect.unwrap(vars(GenerationMixin)["generate"]).__code__
 class SelfSpecGenerate:
     """Speculative decoding for `model.generate(..., custom_generate=SelfSpecGenerate(engine))`.
 
-    Greedy output is that of plain `generate`; samples follow the same law. Left-padded batches,
+    Greedy output is that of plain `generate`; samples follow the same logits_processor. Left-padded batches,
     `num_return_sequences`, `return_dict_in_generate` (with `sequences` alone) and every sampling parameter that the
     engine supports are honoured, everything else raises. Rows are processed without their padding, which plain
     `generate` shows to `no_repeat_ngram_size`, `forced_bos_token_id` and the `encoder_` parameters. Dropout is off.

@@ -1,7 +1,7 @@
 """Batched self-speculative generation for transformers causal LMs: token ids in, token ids and log-probabilities out.
 
-The engine decodes with a mirror of the model and drafts with the same weights, quantized. It runs the model itself
-only to check the mirror against it, never changes or hooks it, and takes token ids, never a tokenizer or a trainer.
+The engine decodes with a replica of the model and drafts with the same weights, quantized. It runs the model itself
+only to check the replica against it, never changes or hooks it, and takes token ids, never a tokenizer or a trainer.
 """
 
 import contextlib
@@ -19,28 +19,28 @@ from trl_selfspec.control.stats import RolloutStats
 from trl_selfspec.drafter.drafter import drafter_bytes, has_live_adapters, make_drafter, requantize
 from trl_selfspec.drafter.lora_mode import measured_choice, requantize_seconds
 from trl_selfspec.drafter.quantized_linear import resolve_qtype
-from trl_selfspec.engine.batch_state import RowState
+from trl_selfspec.engine.batch_state import BatchState
 from trl_selfspec.engine.cuda_graphs import CudaCapture, GraphPool
 from trl_selfspec.engine.kv_budget import KVMemory, kv_bytes_per_token, warn_if_scarce
-from trl_selfspec.engine.model_runner import DraftError, RoundRunner
+from trl_selfspec.engine.model_runner import DraftError, ModelRunner
 from trl_selfspec.engine.request import Request, make_requests
 from trl_selfspec.engine.rollout import Progress, Rollout
 from trl_selfspec.engine.scheduler import Scheduler
 from trl_selfspec.kv_cache.attention import bind_cache
-from trl_selfspec.kv_cache.prefix_cache import KeptRows
+from trl_selfspec.kv_cache.prefix_cache import PrefixCache
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.policy.replica import LayoutChangedError, Mirror, UnsupportedModelError
+from trl_selfspec.policy.replica import LayoutChangedError, PolicyReplica, UnsupportedModelError
 from trl_selfspec.policy.self_check import self_check
-from trl_selfspec.sampling.logits_processing import SamplingLaw, effective_generation_config
-from trl_selfspec.sampling.samplers import CoupledVerification, GreedyVerification, RejectionVerification, Verification
+from trl_selfspec.sampling.logits_processing import BatchedLogitsProcessor, effective_generation_config
+from trl_selfspec.sampling.samplers import CoupledSampler, GreedySampler, RejectionSampler, Sampler
 
 
 __all__ = ["Progress", "RolloutOutput", "SelfSpecEngine", "UnsupportedModelError"]
 
 ROUNDS_AHEAD = {"cuda": 1}  # the GPU goes on while Python reads and schedules
-VERIFICATIONS: dict[str, Callable[[torch.Tensor, int], Verification]] = {
-    "rejection": RejectionVerification,
-    "coupled": CoupledVerification,
+VERIFICATIONS: dict[str, Callable[[torch.Tensor, int], Sampler]] = {
+    "rejection": RejectionSampler,
+    "coupled": CoupledSampler,
 }
 
 
@@ -102,41 +102,41 @@ class SelfSpecEngine:
 
     def _build(self) -> None:
         """Everything that depends on the policy's architecture and on the layout of its tensors."""
-        self._mirror = Mirror(self._policy, self.autocast_dtype, self.param_dtype)
-        self.device, self._vocab_size = self._mirror.embeddings.device, len(self._mirror.embeddings)
-        self._dtype = self._mirror.dtype
+        self._replica = PolicyReplica(self._policy, self.autocast_dtype, self.param_dtype)
+        self.device, self._vocab_size = self._replica.embeddings.device, len(self._replica.embeddings)
+        self._dtype = self._replica.dtype
         self._context_length = getattr(self._text_config, "max_position_embeddings", None)
         if self._context_length is not None and self._context_length < 1:  # XLNet's -1: no limit
             self._context_length = None
-        self.calibration = self_check(self._mirror, self._policy, self._forward_context())
-        self._mirror.mark_current()
+        self.calibration = self_check(self._replica, self._policy, self._forward_context())
+        self._replica.mark_current()
         self.draft_qtype = resolve_qtype(self.options.draft_qtype, self.device, self._dtype)
-        self._form = measured_choice(self._mirror, self.draft_qtype, by_cost=not self.controller.counts_alone)
+        self._form = measured_choice(self._replica, self.draft_qtype, by_cost=not self.controller.counts_alone)
         if self.controller.measures:  # before the first rollout: it imports quanto, which takes seconds
-            self.controller.expect_requantizing(requantize_seconds(self._mirror, self.draft_qtype))
+            self.controller.expect_requantizing(requantize_seconds(self._replica, self.draft_qtype))
         self._drafter: torch.nn.Module | None = None
         self._drafter_version: int | None = None
-        self._wanted_version = self._mirror.version
+        self._wanted_version = self._replica.version
         kv_dtype = self.autocast_dtype  # None: the dtype of the keys themselves
-        num_layers = self._mirror.num_layers
+        num_layers = self._replica.num_layers
         with self._forward_context():
-            token_bytes = kv_bytes_per_token(self._mirror.model, num_layers, kv_dtype, self.device)
+            token_bytes = kv_bytes_per_token(self._replica.model, num_layers, kv_dtype, self.device)
         self._memory = KVMemory(num_layers, token_bytes, kv_dtype, self.options)
-        self._kept: KeptRows | None = None  # None: no cache is allocated
-        self._state: RowState | None = None  # as long as the cache
+        self._kept: PrefixCache | None = None  # None: no cache is allocated
+        self._state: BatchState | None = None  # as long as the cache
         self._seed = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._sampling: Verification | None = None
+        self._sampling: Sampler | None = None
         self._graphs = self._graph_pool()
 
     @property
     def model(self) -> PreTrainedModel:
         """The transformers model whose law samples follow, PEFT's wrapper removed."""
-        return self._mirror.base
+        return self._replica.base
 
     @property
     def stale(self) -> bool:
         """Whether the model's weights changed since the last `refresh`: by version, address or a sample of values."""
-        return self._mirror.stale
+        return self._replica.stale
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -157,7 +157,7 @@ class SelfSpecEngine:
         start = self._seconds()
         with torch.cuda.device_of(self._seed):
             try:
-                moved = self._mirror.refresh()
+                moved = self._replica.refresh()
             except LayoutChangedError:
                 self.release()
                 self._build()
@@ -167,7 +167,7 @@ class SelfSpecEngine:
         if self._kept is not None:
             self._kept.forget()
         if draft:
-            self._wanted_version = self._mirror.version
+            self._wanted_version = self._replica.version
         self._refresh_s += self._seconds() - start
 
     @torch.inference_mode(False)
@@ -181,7 +181,7 @@ class SelfSpecEngine:
             UnsupportedModelError: they give other next-token distributions; the message names the likely cause.
         """
         with torch.cuda.device_of(self._seed):
-            self.calibration = self_check(self._mirror, self._policy, self._forward_context())
+            self.calibration = self_check(self._replica, self._policy, self._forward_context())
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -212,10 +212,10 @@ class SelfSpecEngine:
                 finite.
             RuntimeError: the model's weights changed since the last `refresh()`.
         """
-        if self._mirror.stale:
+        if self._replica.stale:
             raise RuntimeError("The model's weights changed since the last refresh; call `engine.refresh()` first.")
-        config = effective_generation_config(self._mirror.base, generation_config)
-        law = SamplingLaw.from_generation_config(self._mirror.base, config, self.device)
+        config = effective_generation_config(self._replica.base, generation_config)
+        logits_processor = BatchedLogitsProcessor.from_generation_config(self._replica.base, config, self.device)
         requests = make_requests(prompt_ids, config, max_new_tokens, self._vocab_size, self._context_length)
         if not requests:
             return RolloutOutput([], [], [], RolloutStats())
@@ -227,7 +227,7 @@ class SelfSpecEngine:
             self._kept.forget()
         with torch.cuda.device_of(self._seed), self._forward_context(), contextlib.ExitStack() as on_error:
             on_error.callback(self.release)  # a failed rollout may leave NaN, which spreads through masked keys too
-            rollout = self._rollout(requests, law, seed, on_round, keep)
+            rollout = self._rollout(requests, logits_processor, seed, on_round, keep)
             rollout.run()
             on_error.pop_all()
         rollout.kept.cache.storage_moved = False  # layers allocate in their first forward, before any is captured
@@ -238,14 +238,14 @@ class SelfSpecEngine:
         rollout.stats.graph_pool_bytes = self._graphs.nbytes
         if self.options.release_kv_cache and self.device.type == "cuda" and not keep:
             self.release()
-        policy_logprobs = rollout.logprobs if law.is_full_softmax else rollout.policy_logprobs
+        policy_logprobs = rollout.logprobs if logits_processor.is_full_softmax else rollout.policy_logprobs
         return RolloutOutput(rollout.completions, rollout.logprobs, policy_logprobs, rollout.stats)
 
     def release(self) -> None:
         """Frees the keys and values, those kept for later turns included; the next rollout allocates anew."""
         if self._kept is not None:
             self._kept = self._memory.release(self._kept)
-        for tree in (self._mirror.model, self._drafter):
+        for tree in (self._replica.model, self._drafter):
             if tree is not None:
                 bind_cache(tree, None)
 
@@ -281,12 +281,12 @@ class SelfSpecEngine:
 
     @property
     def _text_config(self):
-        return self._mirror.base.config.get_text_config(decoder=True)
+        return self._replica.base.config.get_text_config(decoder=True)
 
     def _rollout(
         self,
         requests: list[Request],
-        law: SamplingLaw,
+        logits_processor: BatchedLogitsProcessor,
         seed: int,
         on_round: Callable[[Progress], None] | None,
         keep: bool,
@@ -295,26 +295,26 @@ class SelfSpecEngine:
         self._kept, cache = kept, kept.cache
         new = self._state is None or before is None or before.cache is not cache
         if new:
-            self._state = RowState(cache.max_rows, cache.row_capacity, self.device)
+            self._state = BatchState(cache.max_rows, cache.row_capacity, self.device)
         if new or (cache.storage_moved and cache.storage_in_rounds):
             self._graphs.clear()
-        bind_cache(self._mirror.model, cache)
+        bind_cache(self._replica.model, cache)
         # Rows may be fewer than requests: those with a history go first, before the others need its place.
         requests.sort(key=lambda request: -kept.longest_prefix(request.prompt)[1])
         assert self._state is not None
         self._state.reset()
         cache.park(0)
         self._seed.fill_(seed)
-        law = self._graphs.begin_rollout(law, self._state.max_rows, cache.row_capacity)
+        logits_processor = self._graphs.begin_rollout(logits_processor, self._state.max_rows, cache.row_capacity)
         if self._sampling is None:
             self._sampling = self._verification(self._seed)
-        runner = RoundRunner(
-            target=self._mirror.model,
+        runner = ModelRunner(
+            target=self._replica.model,
             drafter=None,
             cache=cache,
             state=self._state,
-            law=law,
-            verification=GreedyVerification() if law.greedy else self._sampling,
+            logits_processor=logits_processor,
+            verification=GreedySampler() if logits_processor.greedy else self._sampling,
             max_position=None if self._context_length is None else self._context_length - 1,
             graphs=self._graphs,
             prefill_kwargs=self._prefill_kwargs(),
@@ -345,7 +345,7 @@ class SelfSpecEngine:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def _verification(self, seed: torch.Tensor) -> Verification:
+    def _verification(self, seed: torch.Tensor) -> Sampler:
         return VERIFICATIONS[self.options.verification](seed, self.options.longest_draft)
 
     def _graph_pool(self) -> GraphPool:
@@ -366,7 +366,7 @@ class SelfSpecEngine:
                 if self._drafter is not None:  # freed before another takes its place
                     self._drafter = None
                     self._graphs.clear()
-                self._drafter = make_drafter(self._mirror, self.draft_qtype, self.options.quantize_lm_head, live)
+                self._drafter = make_drafter(self._replica, self.draft_qtype, self.options.quantize_lm_head, live)
                 self._drafter_version = None
         assert self._drafter is not None
         return self._drafter
@@ -375,16 +375,16 @@ class SelfSpecEngine:
         """Quantizes the weights that `refresh` asked for into the drafter, unless it has them."""
         assert self._drafter is not None
         if self._drafter_version != self._wanted_version:
-            if requantize(self._drafter, self._mirror):
+            if requantize(self._drafter, self._replica):
                 self._graphs.clear()
             self._drafter_version = self._wanted_version
 
     def _prefill_kwargs(self) -> dict[str, int]:
-        accepted = inspect.signature(self._mirror.model.forward).parameters
+        accepted = inspect.signature(self._replica.model.forward).parameters
         return {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
     def _forward_context(self) -> contextlib.AbstractContextManager:
         if self.autocast_dtype is None:
-            # An outer autocast (a user's `with accelerator.autocast()`) would change the law.
+            # An outer autocast (a user's `with accelerator.autocast()`) would change the logits_processor.
             return torch.autocast(self.device.type, enabled=False)
         return torch.autocast(self.device.type, dtype=self.autocast_dtype, cache_enabled=False)

@@ -18,7 +18,7 @@ from trl_selfspec.control.stats import RolloutStats
 from trl_selfspec.engine.request import Request
 from trl_selfspec.kv_cache.attention import bind_cache
 from trl_selfspec.kv_cache.paged_cache import PagedCache
-from trl_selfspec.kv_cache.prefix_cache import KeptRows
+from trl_selfspec.kv_cache.prefix_cache import PrefixCache
 from trl_selfspec.options import SelfSpecOptions
 
 
@@ -93,7 +93,7 @@ class KVMemory:
         self._num_layers, self._kv_dtype, self._options = num_layers, kv_dtype, options
         self.token_bytes = token_bytes
 
-    def allocate(self, requests: Sequence[Request], kept: KeptRows | None, device: torch.device) -> KeptRows:
+    def allocate(self, requests: Sequence[Request], kept: PrefixCache | None, device: torch.device) -> PrefixCache:
         """The cache `kept`, or one that can hold the requests, with what they can use of the rows kept so far.
 
         Raises:
@@ -119,12 +119,14 @@ class KVMemory:
                 if old is not None:
                     max_rows, capacity = max(max_rows, old.max_rows), max(capacity, old.row_capacity)
             cache = PagedCache(self._num_layers, max_rows, capacity, slots, self._kv_dtype, device, num_pages)
-            return KeptRows(cache) if kept is None else kept.move_to(cache, (request.prompt for request in requests))
+            return (
+                PrefixCache(cache) if kept is None else kept.move_to(cache, (request.prompt for request in requests))
+            )
         if num_pages is not None:
             old.allocate(num_pages)
         return kept
 
-    def release(self, kept: KeptRows) -> KeptRows | None:
+    def release(self, kept: PrefixCache) -> PrefixCache | None:
         """Gives all storage back. Pages leave their table behind, at its address: captured graphs read it there."""
         if kept.cache.dense:
             return None

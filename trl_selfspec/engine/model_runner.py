@@ -1,6 +1,6 @@
 """A round advances every active row: a plain round by one token, a speculative one by 1 to γ + 1.
 
-Everything here is device work on the first rows of `RowState`, in three programs: a plain round, a draft step, and
+Everything here is device work on the first rows of `BatchState`, in three programs: a plain round, a draft step, and
 verification. Each reads and writes tensors at fixed addresses alone, so that it can be captured (`graphs.py`) and
 replayed for as many rows as a graph was captured for: rows that no request holds are parked, and emit nothing. The
 one host sync is `PendingRound.result`.
@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trl_selfspec.engine.batch_state import RowState
+from trl_selfspec.engine.batch_state import BatchState
 from trl_selfspec.engine.cuda_graphs import CaptureError, GraphPool, Program
 from trl_selfspec.kv_cache.paged_cache import PagedCache
-from trl_selfspec.sampling.logits_processing import SamplingLaw
+from trl_selfspec.sampling.logits_processing import BatchedLogitsProcessor
 from trl_selfspec.sampling.ops import Outcome, token_logprobs
-from trl_selfspec.sampling.samplers import Verification
+from trl_selfspec.sampling.samplers import Sampler
 from trl_selfspec.utils import Clock
 
 
@@ -68,21 +68,23 @@ class PendingRound:
 
 
 @dataclass
-class RoundRunner:
+class ModelRunner:
     """Runs rounds over the first rows of `state`; what stays the same for a whole rollout lives here."""
 
     target: nn.Module
     drafter: nn.Module | None
     cache: PagedCache
-    state: RowState
-    law: SamplingLaw
-    verification: Verification
+    state: BatchState
+    logits_processor: BatchedLogitsProcessor
+    verification: Sampler
     max_position: int | None  # largest position the model embeds
     graphs: GraphPool
     prefill_kwargs: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._eos = torch.tensor(self.law.eos_token_ids, dtype=torch.int64, device=self.state.tokens.device)
+        self._eos = torch.tensor(
+            self.logits_processor.eos_token_ids, dtype=torch.int64, device=self.state.tokens.device
+        )
 
     def prefill(
         self,
@@ -173,7 +175,9 @@ class RoundRunner:
 
     def _process(self, logits: Tensor, lengths: Tensor) -> Tensor:
         num_rows = len(lengths)
-        return self.law.process(logits, self.state.tokens[:num_rows], lengths, self.state.prompt_lengths[:num_rows])
+        return self.logits_processor.process(
+            logits, self.state.tokens[:num_rows], lengths, self.state.prompt_lengths[:num_rows]
+        )
 
     def _commit(self, outcome: Outcome, logits: Tensor) -> Tensor:
         """Writes what a round yields, cut at the first EOS and at the row's limit; returns the report."""
@@ -190,8 +194,8 @@ class RoundRunner:
 
         positions = lengths[:, None] + offsets
         policy_logprobs = logprobs
-        if not self.law.is_full_softmax:
-            policy_logprobs = token_logprobs(logits, tokens, self.law.temperature)
+        if not self.logits_processor.is_full_softmax:
+            policy_logprobs = token_logprobs(logits, tokens, self.logits_processor.temperature)
         state.tokens[:num_rows].scatter_(1, positions, tokens)
         state.logprobs[:num_rows].scatter_(1, positions, logprobs)
         state.policy_logprobs[:num_rows].scatter_(1, positions, policy_logprobs)

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from trl_selfspec.control.controller import Controller
 from trl_selfspec.control.stats import PlainComparison, RolloutStats
-from trl_selfspec.engine.model_runner import DraftError, PendingRound, RoundResult, RoundRunner
+from trl_selfspec.engine.model_runner import DraftError, ModelRunner, PendingRound, RoundResult
 from trl_selfspec.engine.request import Request
 from trl_selfspec.engine.scheduler import Admission, Scheduler
-from trl_selfspec.kv_cache.prefix_cache import KeptRows
+from trl_selfspec.kv_cache.prefix_cache import PrefixCache
 from trl_selfspec.utils import Clock, to_device
 
 
@@ -56,9 +56,9 @@ class Span(NamedTuple):
 class Rollout:
     """One `generate` call. `completions[i]` and the log-probabilities belong to the i-th prompt."""
 
-    runner: RoundRunner
+    runner: ModelRunner
     scheduler: Scheduler
-    kept: KeptRows  # of the runner's cache
+    kept: PrefixCache  # of the runner's cache
     controller: Controller
     prepare_drafter: Callable[[], tuple[float, bool]]  # makes it current; seconds, and whether it was there before
     drafter_is_current: bool = False

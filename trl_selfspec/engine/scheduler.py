@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from trl_selfspec.engine.request import Request
 from trl_selfspec.kv_cache.paged_cache import PagedCache
-from trl_selfspec.kv_cache.prefix_cache import KeptRows
+from trl_selfspec.kv_cache.prefix_cache import PrefixCache
 
 
 class Scheduler:
@@ -100,7 +100,7 @@ class Admission:
     since the cache holds one row to its limit.
     """
 
-    def __init__(self, cache: PagedCache, kept: KeptRows, scheduler: Scheduler) -> None:
+    def __init__(self, cache: PagedCache, kept: PrefixCache, scheduler: Scheduler) -> None:
         self._cache, self._kept, self._scheduler = cache, kept, scheduler
         self._promised = 0
         self._sources: set[int] = set()  # kept rows that admitted requests begin with

@@ -13,7 +13,7 @@ from trl_selfspec.kv_cache.paged_cache import PagedCache
 Tokens = tuple[int, ...]
 
 
-class KeptRows:
+class PrefixCache:
     """Which tokens' keys lie in the cache's idle rows. The keys are those of the weights they were computed with."""
 
     def __init__(self, cache: PagedCache) -> None:
@@ -60,14 +60,14 @@ class KeptRows:
         self.forget([row])
         return True
 
-    def move_to(self, cache: PagedCache, prompts: Iterable[Tokens]) -> "KeptRows":
+    def move_to(self, cache: PagedCache, prompts: Iterable[Tokens]) -> "PrefixCache":
         """Moves what these prompts can use to an empty cache, as far as that has room; the old one loses all."""
         used: dict[int, Tokens] = {}
         for prompt in prompts:
             row, num_tokens = self.longest_prefix(prompt)
             if num_tokens > len(used.get(row, ())):
                 used[row] = prompt[:num_tokens]
-        moved, rows, num_free = KeptRows(cache), [], cache.num_free
+        moved, rows, num_free = PrefixCache(cache), [], cache.num_free
         for row, tokens in used.items():
             num_free -= 0 if cache.dense else cache.pages_for(len(tokens))
             if len(rows) < cache.max_rows and num_free >= 0:

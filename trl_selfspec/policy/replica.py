@@ -2,9 +2,9 @@
 
 The policy module carries hooks, autocast wrappers, dropout, gradient checkpointing and sharding; generating with it
 means working around all of them. Instead `type(policy)(config)` is built on the meta device, each tensor *aliased* to
-the policy's where dtype and placement allow, else *copied* and refreshed in place. The target mirror holds the law
-that samples follow; the drafter is the target mirror with its Linear weights quantized. Storage addresses never change
-over a refresh.
+the policy's where dtype and placement allow, else *copied* and refreshed in place. Samples follow the distribution of
+the target replica; the drafter is the target replica with its Linear weights quantized. A refresh changes no storage
+address.
 """
 
 import copy
@@ -44,11 +44,11 @@ class UnsupportedModelError(ValueError):
 
 
 class LayoutChangedError(RuntimeError):
-    """A tensor of the policy has another shape, dtype, device or layout than before: a mirror has to be built anew."""
+    """A tensor of the policy has another shape, dtype, device or layout than before: the replica is built anew."""
 
 
-class MirrorLinear(nn.Module):
-    """A Linear layer of the target mirror: casts its input to the weight's dtype, as autocast would."""
+class ReplicaLinear(nn.Module):
+    """A Linear layer of the target replica: casts its input to the weight's dtype, as autocast would."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class MirrorLinear(nn.Module):
         return self._linear(x if x.dtype is self.dtype else x.to(self.dtype))
 
 
-class BitsAndBytesLinear(MirrorLinear):
+class BitsAndBytesLinear(ReplicaLinear):
     """A dequantized 4-bit layer, which gives back the dtype it was given."""
 
     @property
@@ -76,8 +76,8 @@ class BitsAndBytesLinear(MirrorLinear):
         return super().forward(x).to(x.dtype)
 
 
-class Mirror:
-    """The target mirror: the policy's law, evaluated without the policy module.
+class PolicyReplica:
+    """The target replica: the policy's law, evaluated without the policy module.
 
     Args:
         policy: a transformers causal LM, or a PEFT model around one.
@@ -116,7 +116,7 @@ class Mirror:
                 "Use TRL's own generation (`use_selfspec=False`)."
             ) from error
         for name, module in list(self.model.named_modules()):
-            self._mirror_module(name, module)
+            self._replicate_module(name, module)
         if gpu.runs_triton(self.embeddings.device):
             self._join_copies()
         self.refresh()
@@ -135,7 +135,7 @@ class Mirror:
         return any(getattr(config, name, None) for name in WINDOWS)
 
     def policy_modules(self, policy: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """The modules of the policy that the mirror stands for, PEFT's wrappers left out; names are the mirror's."""
+        """The modules of the policy that the replica stands for, PEFT's wrappers left out; names are the replica's."""
         yield "", policy
         for name, _ in self.model.named_modules():
             if name:
@@ -144,7 +144,7 @@ class Mirror:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype in which Linear layers compute; embeddings, norms and a head may have others."""
-        layers = (module for module in self.model.modules() if isinstance(module, MirrorLinear))
+        layers = (module for module in self.model.modules() if isinstance(module, ReplicaLinear))
         first = next((layer.weight for layer in layers), self.embeddings)
         return self.autocast_dtype or first.dtype
 
@@ -169,7 +169,7 @@ class Mirror:
         Copies are renewed whatever `stale` says: sampling from old weights is the worst fault there can be.
 
         Raises:
-            LayoutChangedError: a tensor has another shape, dtype or layout than when the mirror was built.
+            LayoutChangedError: a tensor has another shape, dtype or layout than when the replica was built.
         """
         state, moved = self._policy_state(), False
         for parameter, read in self._aliases:
@@ -183,30 +183,30 @@ class Mirror:
         return moved
 
     def mark_current(self) -> None:
-        """Takes the policy's state as the one that the mirror has: FSDP2 moves its shards in a first forward."""
+        """Takes the policy's state as the one that the replica has: FSDP2 moves its shards in a first forward."""
         self._state = self._policy_state()
 
     def tree(
         self,
         attention: str = IMPLEMENTATION,
-        linear: Callable[[str, MirrorLinear], nn.Module] = lambda name, layer: layer,
+        linear: Callable[[str, ReplicaLinear], nn.Module] = lambda name, layer: layer,
         window: int | None = None,
     ) -> PreTrainedModel:
-        """Another tree with this mirror's tensors.
+        """Another tree with this replica's tensors.
 
         Args:
             attention: name of the attention function; with one of transformers', other modules are its own too.
-            linear: what stands in for the mirror's Linear layer of a name; by default that layer.
+            linear: what stands in for the replica's Linear layer of a name; by default that layer.
             window: shortens windows to at most this many tokens.
         """
         tree = _adopt(_meta_tree(self.base, attention, window), self.model)
         for name, module in self.model.named_modules():
-            if isinstance(module, MirrorLinear):
+            if isinstance(module, ReplicaLinear):
                 _replace(tree, name, linear(name, module))
         return self._complete(tree)
 
     def shortsighted(self, window: int) -> tuple[PreTrainedModel, PreTrainedModel]:
-        """Twins of the mirror, with its own and with transformers' attention, that see at most `window` tokens back.
+        """Twins of the replica, with its own and with transformers' attention, that see at most `window` tokens back.
 
         For the self-check: a window that its few tokens never fill would not be checked at all.
         """
@@ -237,12 +237,12 @@ class Mirror:
     def _policy_state(self) -> tuple[object, ...]:
         return fingerprint(self.base), adapter_state(self.base)
 
-    def _mirror_module(self, name: str, module: nn.Module) -> None:
+    def _replicate_module(self, name: str, module: nn.Module) -> None:
         for attribute, _ in list(_own_tensors(module)):
-            self._mirror_tensor(module, name, attribute)
+            self._replicate_tensor(module, name, attribute)
         if type(module) is nn.Linear:
             quantized = is_quantized(inner_module(find_module(self.base, name)))
-            linear = BitsAndBytesLinear if quantized else MirrorLinear
+            linear = BitsAndBytesLinear if quantized else ReplicaLinear
             _replace(self.model, name, linear(module.weight, module.bias))  # type: ignore[arg-type]
 
     def _read(self, name: str, attribute: str) -> Tensor:
@@ -252,17 +252,17 @@ class Mirror:
                 return effective_tensor(source, attribute)  # type: ignore[return-value]
         except (AttributeError, NotImplementedError) as error:
             raise UnsupportedModelError(
-                f"{type(self.base).__name__} can't be mirrored at `{name}`: {error}. Use TRL's own generation "
+                f"{type(self.base).__name__} can't be replicated at `{name}`: {error}. Use TRL's own generation "
                 "(`use_selfspec=False`)."
             ) from error
 
     def _read_again(self, name: str, attribute: str) -> Tensor:
         tensor = self._read(name, attribute)
         if _layout(tensor) != self._layouts[name, attribute]:
-            raise LayoutChangedError(f"`{name}.{attribute}` is no longer what the mirror was built from")
+            raise LayoutChangedError(f"`{name}.{attribute}` is no longer what the replica was built from")
         return tensor
 
-    def _mirror_tensor(self, module: nn.Module, name: str, attribute: str) -> None:
+    def _replicate_tensor(self, module: nn.Module, name: str, attribute: str) -> None:
         tensor = self._read(name, attribute)
         self._layouts[name, attribute] = _layout(tensor)
         read = functools.partial(self._read_again, name, attribute)
@@ -282,7 +282,7 @@ class Mirror:
         copied = {id(tensor) for tensor, _ in self._copies}
         for names in joinable_projections(self.model):
             layers = [self.model.get_submodule(name) for name in names]
-            if not all(isinstance(layer, MirrorLinear) and id(layer.weight) in copied for layer in layers):
+            if not all(isinstance(layer, ReplicaLinear) and id(layer.weight) in copied for layer in layers):
                 continue
             biases = [layer.bias for layer in layers if layer.bias is not None]
             if biases and len(biases) < len(layers):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from trl_selfspec.kv_cache.attention import bind_cache
 from trl_selfspec.kv_cache.paged_cache import PagedCache
-from trl_selfspec.policy.replica import Mirror, UnsupportedModelError
+from trl_selfspec.policy.replica import PolicyReplica, UnsupportedModelError
 
 
 PROMPT_LENGTHS = (5, 11)
@@ -54,11 +54,11 @@ class Calibration:
 
 
 @torch.no_grad()
-def self_check(mirror: Mirror, policy: nn.Module, context: contextlib.AbstractContextManager) -> Calibration:
+def self_check(replica: PolicyReplica, policy: nn.Module, context: contextlib.AbstractContextManager) -> Calibration:
     """Compares ragged cached steps with rejected drafts against the policy's own forward.
 
     Args:
-        mirror: the target mirror, with weights as they are now.
+        replica: the target replica, with weights as they are now.
         policy: the model in training, wrappers and hooks included; its forward is collective where it is sharded.
         context: the autocast in which the policy is trained.
 
@@ -66,11 +66,11 @@ def self_check(mirror: Mirror, policy: nn.Module, context: contextlib.AbstractCo
         UnsupportedModelError: the distributions differ, or the model fails on the way.
         ValueError: the policy's own logits are NaN.
     """
-    name = type(mirror.base).__name__
+    name = type(replica.base).__name__
     generator = torch.Generator().manual_seed(0)
     shape = len(PROMPT_LENGTHS), max(PROMPT_LENGTHS) + STEPS * STEP_TOKENS
-    tokens = torch.randint(len(mirror.embeddings), shape, generator=generator, device="cpu").to(
-        mirror.embeddings.device
+    tokens = torch.randint(len(replica.embeddings), shape, generator=generator, device="cpu").to(
+        replica.embeddings.device
     )
     try:
         with torch.device(tokens.device), context, evaluating(policy):  # a caller's default device reaches no model
@@ -81,20 +81,20 @@ def self_check(mirror: Mirror, policy: nn.Module, context: contextlib.AbstractCo
         raise ValueError(f"{name} gives logits that are not finite; check its weights before generating.")
     try:
         with torch.device(tokens.device), context:
-            noise, logprob_noise = _noise(mirror, tokens)
-            actual = _ragged_logits(mirror.model, mirror.num_layers, tokens)
-            windowed = _with_short_windows(mirror, tokens)
+            noise, logprob_noise = _noise(replica, tokens)
+            actual = _ragged_logits(replica.model, replica.num_layers, tokens)
+            windowed = _with_short_windows(replica, tokens)
     except Exception as error:  # likewise
         raise UnsupportedModelError(f"{name} does not run on the engine's cache and attention: {error!r}") from error
-    exact = mirror.dtype in (torch.float32, torch.float64)
-    rounding = torch.finfo(mirror.dtype).eps * max(_spread(logits) for logits in expected)  # of logits of this dtype
+    exact = replica.dtype in (torch.float32, torch.float64)
+    rounding = torch.finfo(replica.dtype).eps * max(_spread(logits) for logits in expected)  # of logits of this dtype
     limit = min(LIMIT_IN_NOISES * max(noise, rounding), MOST_LIMIT)
     limit = max(limit, LEAST_LIMIT) if exact else limit
     distance = _distance(actual, expected, exact)
     if not distance <= limit:
         raise UnsupportedModelError(
             f"{name} gives other next-token distributions on the engine than in its own forward (total variation "
-            f"{distance:.2g}, at most {limit:.2g} is rounding): {_cause(mirror, policy)}."
+            f"{distance:.2g}, at most {limit:.2g} is rounding): {_cause(replica, policy)}."
         )
     if windowed is not None and not (distance := _distance(*windowed, exact)) <= limit:
         raise UnsupportedModelError(
@@ -130,15 +130,15 @@ def _compared_positions(row: int) -> Tensor:
     return PROMPT_LENGTHS[row] + torch.arange(STEPS * kept)
 
 
-def _noise(mirror: Mirror, tokens: Tensor) -> tuple[float, float]:
+def _noise(replica: PolicyReplica, tokens: Tensor) -> tuple[float, float]:
     """By how much stock ways of computing the same differ: total variation, and that of log-probabilities."""
-    attention = mirror.base.config._attn_implementation or "eager"
-    stock = mirror.tree(attention)
+    attention = replica.base.config._attn_implementation or "eager"
+    stock = replica.tree(attention)
     whole = _compared(_plain_logits(stock, tokens))
     ways = [_compared(_stepwise_logits(stock, tokens))]
     if attention != "eager":
-        ways.append(_compared(_plain_logits(mirror.tree("eager"), tokens)))
-    exact = mirror.dtype in (torch.float32, torch.float64)
+        ways.append(_compared(_plain_logits(replica.tree("eager"), tokens)))
+    exact = replica.dtype in (torch.float32, torch.float64)
     noises = [(_distance(way, whole, exact), _logprob_difference(way, whole)) for way in ways]
     least = min(noises)
     # One that is far off is at fault itself: cached steps of RoBERTa's family count positions wrongly.
@@ -157,12 +157,12 @@ def _stepwise_logits(model: nn.Module, tokens: Tensor) -> Logits:
     return list(torch.cat(logits, dim=1).float())
 
 
-def _with_short_windows(mirror: Mirror, tokens: Tensor) -> tuple[Logits, Logits] | None:
+def _with_short_windows(replica: PolicyReplica, tokens: Tensor) -> tuple[Logits, Logits] | None:
     """The same on the engine and in transformers' modules, with windows that these few tokens fill."""
-    if not mirror.has_window:
+    if not replica.has_window:
         return None
-    checked, reference = mirror.shortsighted(WINDOW)
-    return _ragged_logits(checked, mirror.num_layers, tokens), _compared(_plain_logits(reference, tokens))
+    checked, reference = replica.shortsighted(WINDOW)
+    return _ragged_logits(checked, replica.num_layers, tokens), _compared(_plain_logits(reference, tokens))
 
 
 def _ragged_logits(model: nn.Module, num_layers: int, tokens: Tensor) -> Logits:
@@ -225,10 +225,10 @@ def _spread(logits: Tensor) -> float:
     return logits[logits.isfinite()].std().item()
 
 
-def _cause(mirror: Mirror, policy: nn.Module) -> str:
+def _cause(replica: PolicyReplica, policy: nn.Module) -> str:
     """What is likely to be behind a difference: modules of the policy that compute something of their own."""
     suspects = []
-    for name, module in mirror.policy_modules(policy):
+    for name, module in replica.policy_modules(policy):
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         if any(not _is_harmless(hook) for hook in hooks):
             suspects.append(f"`{name}` has a forward hook")

@@ -1,6 +1,6 @@
 """The sampling law: from raw logits to the scores that a token is drawn from.
 
-`SamplingLaw` applies what `generate` would apply for a generation config, to (B, T) positions at once, each position
+`BatchedLogitsProcessor` applies what `generate` would apply for a generation config, to (B, T) positions at once, each
 with its own history, so that draft and target are processed identically. The processors are transformers' own
 objects in transformers' order; only those that would be needlessly slow position by position are vectorised here.
 What cannot be honoured exactly is refused by name; nothing is dropped. Drawing tokens and stopping belong elsewhere.
@@ -263,7 +263,7 @@ def _value(thing: Any) -> Hashable:
     return thing
 
 
-class SamplingLaw:
+class BatchedLogitsProcessor:
     """What `generate` does to logits before a token is drawn, for many positions at once.
 
     Rows carry no padding here, so each is processed as `generate` would process it alone. In a padded batch `generate`
@@ -290,7 +290,7 @@ class SamplingLaw:
     @classmethod
     def from_generation_config(
         cls, model: PreTrainedModel, generation_config: GenerationConfig, device: torch.device | str
-    ) -> "SamplingLaw":
+    ) -> "BatchedLogitsProcessor":
         """Builds the law of an effective config (see `effective_generation_config`), which is not changed.
 
         Raises:

@@ -14,7 +14,7 @@ from trl_selfspec.sampling.ops import Draw, Memory, Outcome, Proposal
 FEWEST_ROWS = 16  # that what drafts leave has room for
 
 
-class Verification(Protocol):
+class Sampler(Protocol):
     """How tokens are drawn and drafts judged. Draws depend on (seed, row, position) alone.
 
     Whatever outlives a call lies in tensors at fixed addresses, so that calls can be captured in CUDA graphs.
@@ -33,7 +33,7 @@ class Verification(Protocol):
         ...
 
 
-class RejectionVerification:
+class RejectionSampler:
     """Leviathan et al. 2023 (arXiv 2211.17192): the policy's law, at the highest acceptance.
 
     Args:
@@ -66,7 +66,7 @@ class RejectionVerification:
         return self._memory[num_rows]
 
 
-class CoupledVerification:
+class CoupledSampler:
     """Daliri, Musco, Suresh 2024 (arXiv 2408.07978): every token is the one plain sampling gives for this seed."""
 
     def __init__(self, seed: Tensor | None, longest_draft: int = 0) -> None:
@@ -82,7 +82,7 @@ class CoupledVerification:
         return draws.judge_coupled(drafts, scores, self.seed, row_ids, positions)
 
 
-class GreedyVerification(CoupledVerification):
+class GreedySampler(CoupledSampler):
     """Greedy decoding: the coupled rule without noise."""
 
     def __init__(self) -> None:

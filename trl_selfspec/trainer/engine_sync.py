@@ -20,7 +20,7 @@ DOUBT_IN_NOISES = 4.0
 LEAST_DOUBT = 1e-3
 
 
-class PolicyFollower:
+class EngineSync:
     """
     Keeps one engine at the policy's current weights.
 

@@ -39,7 +39,7 @@ def policy_reason(policy: nn.Module, generation_config: GenerationConfig) -> str
     """The same on every rank."""
     peft_configs = getattr(policy, "peft_config", {})
     if any(config.is_prompt_learning for config in peft_configs.values()):
-        return "prompt-learning PEFT methods have no weights that a mirror of the policy could merge"
+        return "prompt-learning PEFT methods have no weights that a replica of the policy could merge"
     base = base_model(policy)
     if _replaces_generate(policy) or _replaces_generate(base):
         return "the policy's `generate` is not transformers' own"

@@ -1,8 +1,8 @@
 """Rollouts from [`SelfSpecEngine`] for any TRL trainer that generates with its policy.
 
 `SelfSpecMixin` overrides where tokens come from and reports how that went; rewards, advantages, loss and optimisation
-stay TRL's. Private names of TRL's are used here and, for GRPO's loss, in `trainer.py`; `tests/trainer/test_trl_seams.py`
-checks the signatures they have and says which one moved.
+stay TRL's. Private names of TRL's are used here and, for GRPO's loss, in `trainers.py`;
+`tests/trainer/test_trl_seams.py` checks the signatures they have and says which one moved.
 """
 
 import gc
@@ -25,7 +25,7 @@ from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.policy.peft_weights import base_model
 from trl_selfspec.trainer.config import SelfSpecConfigMixin
-from trl_selfspec.trainer.engine_sync import PolicyFollower
+from trl_selfspec.trainer.engine_sync import EngineSync
 from trl_selfspec.trainer.fallback import input_reason, length_reason, policy_reason, sharding_reason
 from trl_selfspec.trainer.metrics import STATE_FILE, RolloutBar, Tally, read_state, write_state
 from trl_selfspec.trainer.model_card import complete_model_card
@@ -63,7 +63,7 @@ class SelfSpecMixin(_Trainer):
     use_transformers_continuous_batching: bool = False  # only some of TRL's trainers can
 
     # Defaults on the class, for trainers that are put together without `__init__`: they keep TRL's own path.
-    _follower: PolicyFollower | None = None  # None: TRL generates
+    _engine_sync: EngineSync | None = None  # None: TRL generates
     _tallies: dict[str, Tally] | None = None  # counters of all ranks since the last log, per mode
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -78,7 +78,7 @@ class SelfSpecMixin(_Trainer):
         options = self.args.options() if has_options else SelfSpecOptions()
         switched_off = has_options and not self.args.use_selfspec
         if not (switched_off or self.use_vllm or self.use_transformers_continuous_batching):
-            self._follower = PolicyFollower(options)
+            self._engine_sync = EngineSync(options)
         self._warned: set[str] = set()
         self._tallies = {"train": Tally(), "eval": Tally()}
         self._rollout = Tally()  # this generation on this rank
@@ -113,7 +113,7 @@ class SelfSpecMixin(_Trainer):
         if self._tallies is None:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
         reason = None
-        if self._follower is not None:
+        if self._engine_sync is not None:
             reason = (
                 self._static_fallback_reason()
                 or input_reason(self._policy, images, multimodal_fields)
@@ -129,7 +129,7 @@ class SelfSpecMixin(_Trainer):
                         self._policy_is_sharded
                     ):  # TRL's generation is collective, and the other processes are not in it
                         raise
-                    reason = self._follower.failed(error)
+                    reason = self._engine_sync.failed(error)
             self._warn_once(FALLBACK_WARNING + reason)
         start = time.perf_counter()
         result = super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
@@ -200,17 +200,17 @@ class SelfSpecMixin(_Trainer):
 
     @property
     def _engine(self) -> SelfSpecEngine | None:
-        return None if self._follower is None else self._follower.engine
+        return None if self._engine_sync is None else self._engine_sync.engine
 
     def _prepare_engine(self) -> None:
         """Builds the engine or brings it up to date with the policy. Collective."""
-        if self._follower is not None and self._static_fallback_reason() is None:
-            self._follower.follow(self._policy, self.state.global_step, self.accelerator)
+        if self._engine_sync is not None and self._static_fallback_reason() is None:
+            self._engine_sync.follow(self._policy, self.state.global_step, self.accelerator)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if self._follower is not None:
-            self._follower.weights_changed()
+        if self._engine_sync is not None:
+            self._engine_sync.weights_changed()
 
     @property
     def _policy(self) -> Any:
@@ -222,8 +222,8 @@ class SelfSpecMixin(_Trainer):
 
     def _static_fallback_reason(self) -> str | None:
         """Why no rollout of this run can use the engine; the same on every rank."""
-        if self._follower is not None and self._follower.unsupported is not None:
-            return self._follower.unsupported
+        if self._engine_sync is not None and self._engine_sync.unsupported is not None:
+            return self._engine_sync.unsupported
         sharding = sharding_reason(self.accelerator, self._dist, self._is_vlm)
         return sharding or policy_reason(self._policy, self.generation_config)
 
@@ -246,7 +246,7 @@ class SelfSpecMixin(_Trainer):
             if step_times := self._metrics[mode].get("step_time"):
                 rollout_s = tally.stats.rollout_s / self.accelerator.num_processes
                 metrics["selfspec/rollout_step_fraction"] = rollout_s / sum(step_times)
-            if self._follower is not None:
+            if self._engine_sync is not None:
                 metrics["selfspec/fallback"] = tally.fallbacks / tally.turns
             for name, value in metrics.items():
                 self._metrics[mode][name] = [value]
@@ -259,8 +259,8 @@ class SelfSpecMixin(_Trainer):
         tags: str | list[str] | None = None,
     ) -> None:
         super().create_model_card(model_name, dataset_name, tags)
-        if self.is_world_process_zero() and self._follower is not None:
-            options, engine = self._follower.options, self._follower.engine
+        if self.is_world_process_zero() and self._engine_sync is not None:
+            options, engine = self._engine_sync.options, self._engine_sync.engine
             complete_model_card(
                 os.path.join(self.args.output_dir, "README.md"),
                 trainer_name=type(self).__name__,
@@ -282,18 +282,18 @@ class SelfSpecMixin(_Trainer):
         self._save_engine_state(self.args.output_dir)
 
     def _save_engine_state(self, folder: str) -> None:
-        state = None if self._follower is None else self._follower.state_dict()
+        state = None if self._engine_sync is None else self._engine_sync.state_dict()
         if state is not None and self.args.should_save:
             write_state(folder, state, self._run)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self._follower is None:
+        if checkpoint is None or self._engine_sync is None:
             return
         try:
             state = read_state(checkpoint)
             if state is not None:
-                self._follower.load_state_dict(state[0])
+                self._engine_sync.load_state_dict(state[0])
                 self._run = state[1]
                 return
             problem = f"{checkpoint} has no {STATE_FILE}"

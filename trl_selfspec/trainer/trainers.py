@@ -48,7 +48,7 @@ class SelfSpecGRPOTrainer(SelfSpecMixin, GRPOTrainer):
         generate_every = self.args.steps_per_generation * self.num_iterations
         # Until the first optimizer step after a generation the loss sees the weights that the engine sampled from.
         fresh = not self.model.training or self._step % generate_every == 0
-        if fresh and self._follower is not None:
+        if fresh and self._engine_sync is not None:
             self._log_logp_difference(logps, inputs)
         return loss
 
@@ -58,8 +58,8 @@ class SelfSpecGRPOTrainer(SelfSpecMixin, GRPOTrainer):
         if difference := gathered_difference(logps, sampled, mask, self.accelerator):
             for name, value in difference.items():
                 self._metrics[self._mode][f"sampling/sampling_logp_difference/{name}"].append(value)
-            assert self._follower is not None
-            self._follower.observe_logprob_difference(difference["mean"], self.temperature)
+            assert self._engine_sync is not None
+            self._engine_sync.observe_logprob_difference(difference["mean"], self.temperature)
 
 
 class SelfSpecRLOOTrainer(SelfSpecMixin, RLOOTrainer):

@@ -1,11 +1,11 @@
-"""The mirror's law and the policy's own, computed next to each other without a cache."""
+"""The replica's law and the policy's own, computed next to each other without a cache."""
 
 import torch
 from tiny_models import VOCAB_SIZE
 from torch import Tensor, nn
 
-from trl_selfspec.policy import replica as mirrors
-from trl_selfspec.policy.replica import Mirror
+from trl_selfspec.policy import replica as replicas
+from trl_selfspec.policy.replica import PolicyReplica
 
 
 IDS = torch.randint(3, VOCAB_SIZE, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -16,10 +16,10 @@ def autocast(dtype: torch.dtype | None) -> torch.autocast:
 
 
 @torch.no_grad()
-def mirror_logits(mirror: Mirror) -> Tensor:
-    """Logits of the mirror's Linear layers and tensors, in transformers' own modules otherwise."""
-    tree = mirror.tree(mirror.base.config._attn_implementation)
-    with autocast(mirror.autocast_dtype):
+def replica_logits(replica: PolicyReplica) -> Tensor:
+    """Logits of the replica's Linear layers and tensors, in transformers' own modules otherwise."""
+    tree = replica.tree(replica.base.config._attn_implementation)
+    with autocast(replica.autocast_dtype):
         return tree(input_ids=IDS, use_cache=False).logits.float()
 
 
@@ -37,4 +37,4 @@ def policy_logits(policy: nn.Module, autocast_dtype: torch.dtype | None = None) 
 
 
 def logits_of(policy: nn.Module, autocast_dtype: torch.dtype | None = None) -> Tensor:
-    return mirror_logits(mirrors.Mirror(policy, autocast_dtype))
+    return replica_logits(replicas.PolicyReplica(policy, autocast_dtype))
