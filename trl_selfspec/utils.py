@@ -1,13 +1,17 @@
-"""Three helpers without a folder of their own: a device's clock, a copy to it, and the user's cache directory."""
+"""Helpers without a folder of their own: a device's clock, a copy to it, a cache directory, a boundary for failures."""
 
+import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+MAX_REASON = 500  # characters of a failure's message: some hold whole tensors
 
 
 class Clock:
@@ -53,3 +57,27 @@ def cache_directory() -> Path:
     directory = Path(base) / "trl_selfspec"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     return directory
+
+
+@contextlib.contextmanager
+def failures_raised_as(
+    kind: type[Exception], where: str = "", passing: type[Exception] | tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
+    """Raises whatever goes wrong within as `kind`, whose message names the class and the text of the failure.
+
+    This is the one place that catches every exception. Within runs code that is not ours: a model's own forward,
+    hooks, quanto, kernels, the allocator. No list of classes covers what they raise, and training has to go on with
+    TRL's own generation, or with plain rounds, whatever it is.
+
+    Args:
+        kind: what callers handle; a failure of this class passes as it is.
+        where: stands before the failure in the message.
+        passing: classes that pass as they are too.
+    """
+    try:
+        yield
+    except (kind, *(passing if isinstance(passing, tuple) else (passing,))):
+        raise
+    except Exception as error:
+        text = f": {error}" if str(error) else ""
+        raise kind(f"{where}{type(error).__name__}{text}"[:MAX_REASON]) from error

@@ -1,10 +1,9 @@
-"""Twin module trees of the policy that the engine may run as it likes.
+"""The replica: an inference copy of the policy that shares its weights.
 
 The policy module carries hooks, autocast wrappers, dropout, gradient checkpointing and sharding; generating with it
-means working around all of them. Instead `type(policy)(config)` is built on the meta device, each tensor *aliased* to
-the policy's where dtype and placement allow, else *copied* and refreshed in place. Samples follow the distribution of
-the target replica; the drafter is the target replica with its Linear weights quantized. A refresh changes no storage
-address.
+means working around all of them. Instead `type(policy)(config)` is built on the meta device. Each of its tensors is
+*aliased* to the policy's where dtype and placement allow, else *copied* and refreshed in place. The replica is the
+target; the drafter is the replica with its Linear weights quantized. A refresh changes no storage address.
 """
 
 import copy
@@ -29,6 +28,7 @@ from trl_selfspec.policy.peft_weights import (
     is_sharded,
 )
 from trl_selfspec.policy.sharding import fingerprint, gathered_partitions
+from trl_selfspec.utils import failures_raised_as
 
 
 # transformers recomputes the frequencies of these for the longest row of the batch: a row would see its neighbours.
@@ -58,7 +58,7 @@ class ReplicaLinear(nn.Module):
 
     @property
     def kernel(self) -> PreparedLinear | None:
-        """The kernel that is the whole layer, where one is."""
+        """The kernel that computes the whole layer, if there is one."""
         return self._linear if isinstance(self._linear, PreparedLinear) else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,14 +70,14 @@ class BitsAndBytesLinear(ReplicaLinear):
 
     @property
     def kernel(self) -> None:
-        """None: what else it does, no kernel knows of."""
+        """None: no kernel does the cast of the output."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).to(x.dtype)
 
 
 class PolicyReplica:
-    """The target replica: the policy's law, evaluated without the policy module.
+    """The target replica: computes the policy's next-token distributions without the policy module.
 
     Args:
         policy: a transformers causal LM, or a PEFT model around one.
@@ -86,7 +86,7 @@ class PolicyReplica:
         param_dtype: dtype to which FSDP's mixed precision casts every parameter for the forward; `None` for none.
 
     Raises:
-        UnsupportedModelError: the tree can't be rebuilt from its config, or an adapter can't be merged.
+        UnsupportedModelError: the model can't be built from its config, or an adapter can't be merged.
     """
 
     def __init__(
@@ -101,20 +101,16 @@ class PolicyReplica:
         self._fast_layers: list[str] | None = None
         self._copies: list[tuple[Tensor, Callable[[], Tensor]]] = []
         self._aliases: list[tuple[nn.Parameter, Callable[[], Tensor]]] = []
-        self._layouts: dict[tuple[str, str], tuple[object, ...]] = {}  # of what the trees were built from
+        self._layouts: dict[tuple[str, str], tuple[object, ...]] = {}  # of the policy's tensors at construction
         self._state = self._policy_state()
         _refuse_device(self.base)
         _refuse_other_state(self.base)
         _refuse_chunked_attention(self.base)
         _refuse_batch_dependent_rope(self.base)
         _refuse_uncapped_attention(self.base)
-        try:
+        name = type(self.base).__name__
+        with failures_raised_as(UnsupportedModelError, f"{name} can't be built from its config, on the meta device: "):
             self.model = _meta_tree(self.base, IMPLEMENTATION)
-        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
-            raise UnsupportedModelError(
-                f"{type(self.base).__name__} can't be rebuilt from its config with the engine's attention: {error!r}. "
-                "Use TRL's own generation (`use_selfspec=False`)."
-            ) from error
         for name, module in list(self.model.named_modules()):
             self._replicate_module(name, module)
         if gpu.runs_triton(self.embeddings.device):
@@ -125,7 +121,7 @@ class PolicyReplica:
 
     @property
     def stale(self) -> bool:
-        """Whether the policy changed since the last `refresh`: a step, a load, a write through `.data`, an adapter."""
+        """Whether the policy changed since the last `refresh`: a step, a load, a write to `.data`, an adapter."""
         return self._state != self._policy_state()
 
     @property
@@ -135,7 +131,7 @@ class PolicyReplica:
         return any(getattr(config, name, None) for name in WINDOWS)
 
     def policy_modules(self, policy: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """The modules of the policy that the replica stands for, PEFT's wrappers left out; names are the replica's."""
+        """The policy's modules without PEFT's wrappers, under the names that they have in the replica."""
         yield "", policy
         for name, _ in self.model.named_modules():
             if name:
@@ -164,7 +160,7 @@ class PolicyReplica:
 
     @torch.no_grad()
     def refresh(self) -> bool:
-        """Renews every copy and follows aliases whose source moved; returns whether one did.
+        """Renews every copy and every alias whose source has moved; returns whether one had.
 
         Copies are renewed whatever `stale` says: sampling from old weights is the worst fault there can be.
 
@@ -183,7 +179,7 @@ class PolicyReplica:
         return moved
 
     def mark_current(self) -> None:
-        """Takes the policy's state as the one that the replica has: FSDP2 moves its shards in a first forward."""
+        """Marks the replica as current with the policy. FSDP2's first forward moves shards but changes no weight."""
         self._state = self._policy_state()
 
     def tree(
@@ -192,11 +188,11 @@ class PolicyReplica:
         linear: Callable[[str, ReplicaLinear], nn.Module] = lambda name, layer: layer,
         window: int | None = None,
     ) -> PreTrainedModel:
-        """Another tree with this replica's tensors.
+        """Another module tree with this replica's tensors.
 
         Args:
             attention: name of the attention function; with one of transformers', other modules are its own too.
-            linear: what stands in for the replica's Linear layer of a name; by default that layer.
+            linear: maps a name and the replica's Linear layer to the layer in the new tree; by default the same one.
             window: shortens windows to at most this many tokens.
         """
         tree = _adopt(_meta_tree(self.base, attention, window), self.model)
@@ -205,16 +201,16 @@ class PolicyReplica:
                 _replace(tree, name, linear(name, module))
         return self._complete(tree)
 
-    def shortsighted(self, window: int) -> tuple[PreTrainedModel, PreTrainedModel]:
-        """Twins of the replica, with its own and with transformers' attention, that see at most `window` tokens back.
+    def with_short_window(self, window: int) -> tuple[PreTrainedModel, PreTrainedModel]:
+        """The replica with a window of at most `window` tokens, and its reference on transformers' attention.
 
-        For the self-check: a window that its few tokens never fill would not be checked at all.
+        For the self-check, whose few tokens never fill the model's own window.
         """
         stock = self.base.config._attn_implementation or "eager"
         return self.tree(window=window), self.tree(stock, window=window)
 
     def _complete(self, tree: PreTrainedModel) -> PreTrainedModel:
-        """What a tree needs besides its tensors."""
+        """Adds what a tree needs besides its tensors: kernels, and the cast of the embeddings' output."""
         if tree.config._attn_implementation == IMPLEMENTATION:
             self._use_fast_modules(tree)
         if (dtype := self._embedding_dtype) is not None:
@@ -222,7 +218,7 @@ class PolicyReplica:
         return tree
 
     def _use_fast_modules(self, tree: PreTrainedModel) -> None:
-        """Puts kernels in the place of norms, then of layers, where trials show that they do the same."""
+        """Replaces norms, then layers, by fused ones that an equivalence test passes."""
         for name, module in list(tree.named_modules()):
             if (norm := fast_norm(module)) is not None:
                 _replace(tree, name, norm)
@@ -250,10 +246,9 @@ class PolicyReplica:
             source = find_module(self.base, name)  # anew each time: PEFT may have wrapped or unwrapped it since
             with gathered_partitions(source):
                 return effective_tensor(source, attribute)  # type: ignore[return-value]
-        except (AttributeError, NotImplementedError) as error:
+        except (AttributeError, NotImplementedError) as error:  # no such module or tensor; no merged form
             raise UnsupportedModelError(
-                f"{type(self.base).__name__} can't be replicated at `{name}`: {error}. Use TRL's own generation "
-                "(`use_selfspec=False`)."
+                f"{type(self.base).__name__} can't be replicated at `{name}`: {error}; {USE_TRL}"
             ) from error
 
     def _read_again(self, name: str, attribute: str) -> Tensor:
@@ -278,7 +273,7 @@ class PolicyReplica:
         self._copies.append((getattr(module, attribute), read))
 
     def _join_copies(self) -> None:
-        """Puts copied projections of one input next to each other in memory: kernels multiply such by all at once."""
+        """Puts copied projections of one input next to each other in memory, so that kernels can fuse them."""
         copied = {id(tensor) for tensor, _ in self._copies}
         for names in joinable_projections(self.model):
             layers = [self.model.get_submodule(name) for name in names]
@@ -302,7 +297,7 @@ class PolicyReplica:
 
 
 def _layout(tensor: Tensor) -> tuple[object, ...]:
-    """What an alias or a copy relies on. A parameter may be read in place, a merged one is a new tensor each time."""
+    """Properties of a tensor that aliases and copies rely on. Its address is none: a merged weight is new each time."""
     return tensor.shape, tensor.dtype, tensor.device, tensor.is_contiguous()
 
 
@@ -320,11 +315,11 @@ def _refuse_device(base: PreTrainedModel) -> None:
 
 
 def _refuse_other_state(base: PreTrainedModel) -> None:
-    """Refuses layers that keep more than keys and values: what transformers' own cache would hold for each tells."""
+    """Refuses layers that keep more than keys and values, by the class of their entry in transformers' own cache."""
     config = base.config.get_text_config(decoder=True)
     try:
         layers = DynamicCache(config=config).layers
-    except (KeyError, TypeError, AttributeError, ValueError):  # a cache of its own: the self-check tells
+    except (KeyError, AttributeError):  # layer types or fields that transformers' cache does not know: self_check
         layers = []
     names = [type(layer).__name__ for layer in layers]
     types = getattr(config, "layer_types", None) or [f"number {index}" for index in range(len(names))]
@@ -362,7 +357,7 @@ def _refuse_uncapped_attention(base: PreTrainedModel) -> None:
     if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
         raise UnsupportedModelError(
             "with `attn_implementation='sdpa'` training leaves out the soft-cap of this model's attention, so samples "
-            "would follow another law; load it with `attn_implementation='eager'`."
+            "would follow another distribution; load it with `attn_implementation='eager'`."
         )
 
 
@@ -374,8 +369,16 @@ def _meta_tree(base: PreTrainedModel, attention: str, window: int | None = None)
             if getattr(text_config, name, None):
                 setattr(text_config, name, min(window, getattr(text_config, name)))
     config._attn_implementation = attention
-    with torch.device("meta"):
-        return type(base)(config).eval()
+    try:
+        with torch.device("meta"):
+            return type(base)(config).eval()
+    except KeyError as error:
+        if error.args != (IMPLEMENTATION,):
+            raise
+        raise UnsupportedModelError(
+            f"{type(base).__name__} chooses its attention by name from a table of its own instead of transformers' "
+            f"registry, so it can't run the engine's attention; {USE_TRL}"
+        ) from error
 
 
 @torch.no_grad()
@@ -418,7 +421,7 @@ def _assign(module: nn.Module, attribute: str, tensor: Tensor) -> None:
 
 
 def _put_together(tensors: list[Tensor]) -> None:
-    """Lets tensors, of one dtype and equal but for their first dimension, be parts of one."""
+    """Makes tensors of one dtype, equal but for their first dimension, views of one tensor."""
     first = tensors[0]
     whole = first.new_empty((sum(map(len, tensors)), *first.shape[1:]))
     for tensor, part in zip(tensors, whole.split([len(tensor) for tensor in tensors]), strict=True):

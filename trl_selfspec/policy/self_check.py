@@ -1,12 +1,12 @@
-"""Does the engine compute the policy's own next-token distributions? A few ragged rows of random tokens tell.
+"""The start-up check: the engine's next-token distributions against those of the policy's own forward.
 
-Some architectures ignore the attention registry (Falcon), need a mask (BLOOM) or keep a recurrent state; some policies
-have hooks, patched forwards or layers that compute something of their own. No attribute says so reliably; the
-policy's own forward does, so that is the reference.
+It runs a few ragged rows of random tokens. Some architectures ignore the attention registry, need a mask (BLOOM) or
+keep a recurrent state; some policies have hooks, patched forwards or layers that compute something else. No attribute
+says so reliably, so the policy's own forward is the reference.
 
-The statistic is the total variation between two next-token distributions, which lies in 0..1 whatever the vocabulary.
-Its limit is a multiple of what stock ways of computing the same (cached steps, eager attention) differ by on this very
-policy: rounding grows with the depth, and it does so for them too.
+The statistic is the total variation between two next-token distributions. It lies in 0..1 for any vocabulary. Its
+limit is a multiple of the difference between stock ways of computing them on this policy (cached steps, eager
+attention), because rounding grows with the depth for these too.
 """
 
 import contextlib
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from trl_selfspec.kv_cache.attention import bind_cache
 from trl_selfspec.kv_cache.paged_cache import PagedCache
-from trl_selfspec.policy.replica import PolicyReplica, UnsupportedModelError
+from trl_selfspec.policy.replica import USE_TRL, PolicyReplica, UnsupportedModelError
+from trl_selfspec.utils import failures_raised_as
 
 
 PROMPT_LENGTHS = (5, 11)
@@ -28,9 +29,9 @@ STEP_SIZES = (1, 2, 3, 3, 3, 3)  # of the stock ways' cached steps, behind the s
 WINDOW = 7  # below the longer prompt: some architectures apply theirs in a mask, which the engine does not build
 # Sound policies stay below a quarter of the limit, faults begin at 5 times it (measured, docs/LOG.md 2026-11-30).
 LIMIT_IN_NOISES = 4.0
-LEAST_LIMIT = 1e-4  # of fp32: what is broken differs by 1e-3 and more even where distributions are all but uniform
+LEAST_LIMIT = 1e-4  # in fp32: faults differ by 1e-3 and more, even where distributions are all but uniform
 MOST_LIMIT = 0.5
-MOST_DISAGREEMENT = 8.0  # between the noises of stock ways, which are alike where all are sound
+MOST_DISAGREEMENT = 8.0  # between the noises of stock ways; sound ones have about the same noise
 MAX_SUSPECTS = 3  # modules named in a refusal
 
 Logits = list[Tensor]  # (T, V) fp32 per row, of the positions that are compared
@@ -72,20 +73,18 @@ def self_check(replica: PolicyReplica, policy: nn.Module, context: contextlib.Ab
     tokens = torch.randint(len(replica.embeddings), shape, generator=generator, device="cpu").to(
         replica.embeddings.device
     )
-    try:
-        with torch.device(tokens.device), context, evaluating(policy):  # a caller's default device reaches no model
-            expected = _compared(_plain_logits(policy, tokens))
-    except Exception as error:  # any model's own code runs here
-        raise UnsupportedModelError(f"{name} does not run on token ids alone: {error!r}") from error
+    on_tokens = failures_raised_as(UnsupportedModelError, f"{name} does not run on token ids alone: ")
+    with on_tokens, torch.device(tokens.device), context, evaluating(policy):  # a caller's default device is not used
+        expected = _compared(_plain_logits(policy, tokens))
     if any((logits.isnan() | (logits == torch.inf)).any() for logits in expected):
         raise ValueError(f"{name} gives logits that are not finite; check its weights before generating.")
-    try:
-        with torch.device(tokens.device), context:
-            noise, logprob_noise = _noise(replica, tokens)
-            actual = _ragged_logits(replica.model, replica.num_layers, tokens)
-            windowed = _with_short_windows(replica, tokens)
-    except Exception as error:  # likewise
-        raise UnsupportedModelError(f"{name} does not run on the engine's cache and attention: {error!r}") from error
+    on_engine = failures_raised_as(
+        UnsupportedModelError, f"{name} does not run on the engine's cache and attention: "
+    )
+    with on_engine, torch.device(tokens.device), context:
+        noise, logprob_noise = _noise(replica, tokens)
+        actual = _ragged_logits(replica.model, replica.num_layers, tokens)
+        windowed = _with_short_window(replica, tokens)
     exact = replica.dtype in (torch.float32, torch.float64)
     rounding = torch.finfo(replica.dtype).eps * max(_spread(logits) for logits in expected)  # of logits of this dtype
     limit = min(LIMIT_IN_NOISES * max(noise, rounding), MOST_LIMIT)
@@ -106,14 +105,14 @@ def self_check(replica: PolicyReplica, policy: nn.Module, context: contextlib.Ab
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Dropout, NEFTune's noise and the like are off within; afterwards every part is as it was."""
-    training = [part for part in module.modules() if part.training]
+    """Puts all submodules into evaluation mode (no dropout, no NEFTune noise), and back into their own after it."""
+    training = [submodule for submodule in module.modules() if submodule.training]
     module.eval()
     try:
         yield
     finally:
-        for part in training:
-            part.training = True
+        for submodule in training:
+            submodule.training = True
 
 
 def _plain_logits(model: Callable[..., Any], tokens: Tensor) -> Logits:
@@ -121,27 +120,27 @@ def _plain_logits(model: Callable[..., Any], tokens: Tensor) -> Logits:
 
 
 def _compared(logits: Logits) -> Logits:
-    """Of logits at all positions, those that `_ragged_logits` returns."""
+    """Selects, from logits at all positions, the positions that `_ragged_logits` returns."""
     return [row[_compared_positions(i).to(row.device)] for i, row in enumerate(logits)]
 
 
 def _compared_positions(row: int) -> Tensor:
-    kept = 1 if row == 0 else STEP_TOKENS
-    return PROMPT_LENGTHS[row] + torch.arange(STEPS * kept)
+    accepted = 1 if row == 0 else STEP_TOKENS  # per step
+    return PROMPT_LENGTHS[row] + torch.arange(STEPS * accepted)
 
 
 def _noise(replica: PolicyReplica, tokens: Tensor) -> tuple[float, float]:
-    """By how much stock ways of computing the same differ: total variation, and that of log-probabilities."""
+    """The difference between stock ways of computing the same: total variation, and that of log-probabilities."""
     attention = replica.base.config._attn_implementation or "eager"
     stock = replica.tree(attention)
-    whole = _compared(_plain_logits(stock, tokens))
+    one_forward = _compared(_plain_logits(stock, tokens))
     ways = [_compared(_stepwise_logits(stock, tokens))]
     if attention != "eager":
         ways.append(_compared(_plain_logits(replica.tree("eager"), tokens)))
     exact = replica.dtype in (torch.float32, torch.float64)
-    noises = [(_distance(way, whole, exact), _logprob_difference(way, whole)) for way in ways]
+    noises = [(_distance(way, one_forward, exact), _logprob_difference(way, one_forward)) for way in ways]
     least = min(noises)
-    # One that is far off is at fault itself: cached steps of RoBERTa's family count positions wrongly.
+    # A way that is far off is at fault itself: cached steps of RoBERTa's family count positions wrongly.
     noises = [way for way in noises if way[0] <= MOST_DISAGREEMENT * least[0]] or [least]
     return max(noise for noise, _ in noises), max(noise for _, noise in noises)
 
@@ -150,6 +149,8 @@ def _stepwise_logits(model: nn.Module, tokens: Tensor) -> Logits:
     """A few tokens at a time on the model's own cache, as assisted generation runs it."""
     first, *steps = tokens.split([min(PROMPT_LENGTHS), *STEP_SIZES], dim=1)
     output = model(input_ids=first, use_cache=True)
+    if getattr(output, "past_key_values", None) is None:
+        raise UnsupportedModelError(f"{type(model).__name__} keeps no keys and values between forwards; {USE_TRL}")
     logits = [output.logits]
     for step in steps:
         output = model(input_ids=step, past_key_values=output.past_key_values, use_cache=True)
@@ -157,16 +158,16 @@ def _stepwise_logits(model: nn.Module, tokens: Tensor) -> Logits:
     return list(torch.cat(logits, dim=1).float())
 
 
-def _with_short_windows(replica: PolicyReplica, tokens: Tensor) -> tuple[Logits, Logits] | None:
-    """The same on the engine and in transformers' modules, with windows that these few tokens fill."""
+def _with_short_window(replica: PolicyReplica, tokens: Tensor) -> tuple[Logits, Logits] | None:
+    """Logits of the engine and of transformers' modules with a window shorter than these rows; None without one."""
     if not replica.has_window:
         return None
-    checked, reference = replica.shortsighted(WINDOW)
+    checked, reference = replica.with_short_window(WINDOW)
     return _ragged_logits(checked, replica.num_layers, tokens), _compared(_plain_logits(reference, tokens))
 
 
 def _ragged_logits(model: nn.Module, num_layers: int, tokens: Tensor) -> Logits:
-    """Prefill of ragged rows, then steps of several tokens; row 0 rejects all but the first of each step."""
+    """Logits of a prefill of ragged rows, then of steps of several tokens; row 0 accepts the first of each step."""
     num_rows, total = tokens.shape
     device = tokens.device
     page_size = None if device.type == "cpu" else 16
@@ -201,7 +202,7 @@ def _ragged_logits(model: nn.Module, num_layers: int, tokens: Tensor) -> Logits:
 
 
 def _distance(actual: Logits, expected: Logits, exact: bool) -> float:
-    """Total variation of next-token distributions, of the worst row.
+    """Total variation of next-token distributions, of the row with the largest.
 
     In fp32 it is the maximum over positions. In 16 bits it is the median: rounding flips a router at single positions.
     """
@@ -226,7 +227,7 @@ def _spread(logits: Tensor) -> float:
 
 
 def _cause(replica: PolicyReplica, policy: nn.Module) -> str:
-    """What is likely to be behind a difference: modules of the policy that compute something of their own."""
+    """The likely cause of a difference: modules of the policy that compute something of their own."""
     suspects = []
     for name, module in replica.policy_modules(policy):
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
