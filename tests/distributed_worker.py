@@ -24,7 +24,7 @@ from trl_runs import ALWAYS_SPECULATE, PROMPTS, Recorder, make_dataset, make_mod
 from trl_selfspec import SelfSpecEngine, SelfSpecGRPOTrainer
 from trl_selfspec.policy.replica import PolicyReplica, UnsupportedModelError
 from trl_selfspec.policy.sharding import fingerprint, gathered, gathered_partitions
-from trl_selfspec.trainer import engine_sync as following
+from trl_selfspec.trainer import engine_sync
 from trl_selfspec.trainer.engine_sync import autocast_dtype, fsdp_param_dtype
 
 
@@ -163,11 +163,11 @@ def unsupported_on_one_rank(folder: Path) -> dict[str, Any]:
             raise UnsupportedModelError("this rank alone can't")
         return engine
 
-    following.SelfSpecEngine = build  # type: ignore[misc,assignment]
+    engine_sync.SelfSpecEngine = build  # type: ignore[misc,assignment]
     try:
         return run(folder, max_steps=1)
     finally:
-        following.SelfSpecEngine = SelfSpecEngine  # type: ignore[misc]
+        engine_sync.SelfSpecEngine = SelfSpecEngine  # type: ignore[misc]
 
 
 def without_refresh(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Helpers without a folder of their own: a device's clock, a copy to it, a cache directory, a boundary for failures."""
+"""Helpers without a folder of their own: a device's clock, copies to it, a cache directory, a boundary for errors."""
 
 import contextlib
 import os
@@ -61,7 +61,7 @@ def cache_directory() -> Path:
 
 @contextlib.contextmanager
 def failures_raised_as(
-    kind: type[Exception], where: str = "", passing: type[Exception] | tuple[type[Exception], ...] = ()
+    kind: type[Exception], where: str = "", passing: type[Exception] | tuple[()] = ()
 ) -> Iterator[None]:
     """Raises whatever goes wrong within as `kind`, whose message names the class and the text of the failure.
 
@@ -72,12 +72,12 @@ def failures_raised_as(
     Args:
         kind: what callers handle; a failure of this class passes as it is.
         where: stands before the failure in the message.
-        passing: classes that pass as they are too.
+        passing: another class that passes as it is.
     """
     try:
         yield
-    except (kind, *(passing if isinstance(passing, tuple) else (passing,))):
-        raise
     except Exception as error:
+        if isinstance(error, (kind, passing)):
+            raise
         text = f": {error}" if str(error) else ""
         raise kind(f"{where}{type(error).__name__}{text}"[:MAX_REASON]) from error

@@ -24,7 +24,7 @@ from trl_runs import (
 from trl_selfspec import SelfSpecEngine, SelfSpecGRPOTrainer
 from trl_selfspec.engine import engine as engines
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.trainer.metrics import STATE_FILE, Tally
+from trl_selfspec.trainer.metrics import STATE_FILE, GenerationStats
 from trl_selfspec.trainer.model_card import rollout_section
 
 
@@ -181,5 +181,6 @@ def test_the_model_card_says_how_completions_were_generated(tmp_path: Path) -> N
 
 def test_the_model_card_has_no_figures_without_a_measurement() -> None:
     """Zero tokens/s, or a speed-up of 1.00, would be read as a result."""
-    assert "|" not in rollout_section("T", SelfSpecOptions(), "qint4", Tally())
-    assert "without speculation" in rollout_section("T", SelfSpecOptions(num_speculative_tokens=0), "qint4", Tally())
+    assert "|" not in rollout_section("T", SelfSpecOptions(), "qint4", GenerationStats())
+    plain = SelfSpecOptions(num_speculative_tokens=0)
+    assert "without speculation" in rollout_section("T", plain, "qint4", GenerationStats())

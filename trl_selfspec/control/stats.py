@@ -1,9 +1,8 @@
-"""Counters of a rollout, and the ratios people read.
+"""Counters of a rollout, and the ratios of them that are logged.
 
-Everything stored is a sum (but for `*_bytes`, which are maxima), so rollouts, tool-loop calls and ranks merge by
-addition and every ratio is a ratio of sums. `acceptance_rate` is accepted / drafted; `alpha` is accepted /
-examined, where a draft token is examined if all earlier ones of its round were accepted. Only `alpha` belongs into
-speed formulas.
+Counters are sums (`*_bytes` are maxima), so rollouts, tool-loop calls and ranks merge by addition, and every ratio is
+a ratio of sums. `acceptance_rate` is accepted / drafted. `alpha` is accepted / examined, where a draft token is
+examined if all earlier ones of its round were accepted; speed formulas need `alpha`.
 """
 
 from collections import deque
@@ -11,14 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from itertools import accumulate
 from math import sqrt
-from typing import Self
+from typing import Any, Self
 
+from trl_selfspec.control.cost_model import positive
 from trl_selfspec.options import MAX_DRAFT_LENGTH
 
 
-MIN_SEGMENTS = 3  # below, an estimate's error can't be told
-MIN_COMPARED = 0.5  # of the seconds of speculative rounds; with less, the others might be different ones
-ANCHOR_ROUNDS = 4  # consecutive plain rounds that one price is averaged over
+MIN_SEGMENTS = 3  # with fewer, the error of the estimated speed-up is unknown
+MIN_COMPARED = 0.5  # share of the seconds of speculative rounds that segments must cover
+ANCHOR_ROUNDS = 4  # a segment's price averages at most so many consecutive plain rounds
 
 
 def _per_position() -> list[int]:
@@ -40,7 +40,7 @@ class RolloutStats:
 
     num_rows: int = 0
     prompt_tokens: int = 0
-    reused_prompt_tokens: int = 0  # whose keys an earlier request had left in the cache
+    reused_prompt_tokens: int = 0  # whose keys and values came from the prefix cache
     completion_tokens: int = 0
     plain_rounds: int = 0
     plain_row_rounds: int = 0
@@ -52,25 +52,25 @@ class RolloutStats:
     toggle_active_sequences_sum: int = 0  # rows unfinished when speculation first began in a rollout
     toggle_count: int = 0  # rollouts in which it began
     draft_nan_rounds: int = 0
-    paused_rows: int = 0  # times that a row gave its pages to older ones, to go on later
-    recomputed_tokens: int = 0  # whose keys were computed again because of that
+    paused_rows: int = 0  # preemptions: a row's pages were given to older rows, and it resumed later
+    recomputed_tokens: int = 0  # whose keys and values were computed again after a preemption
     rollout_s: float = 0.0
     prefill_s: float = 0.0
     plain_s: float = 0.0
     draft_s: float = 0.0
     verify_s: float = 0.0
     requantize_s: float = 0.0  # bringing the drafter up to date, building it included
-    refresh_s: float = 0.0  # following the policy's weights, which plain rounds need too, and requantizing
+    refresh_s: float = 0.0  # syncing the replica with the policy's weights, and requantizing
     # Sums over segments: plain rounds and the speculative ones nearest to them in time. See `PlainComparison`.
     segments: int = 0
     segment_s: float = 0.0  # of the speculative rounds
-    segment_plain_s: float = 0.0  # what plain rounds would have taken for their tokens
+    segment_plain_s: float = 0.0  # of plain rounds for the same tokens, estimated
     segment_sq: float = 0.0  # squares and products of the two, for the error
     segment_plain_sq: float = 0.0
     segment_product: float = 0.0
     drafter_bytes: int = 0
     kv_bytes: int = 0  # pages of keys and values, in use or not
-    graph_pool_bytes: int = 0  # what captured rounds compute with
+    graph_pool_bytes: int = 0  # the memory pool of CUDA graphs
 
     def add_plain_round(self, rows: int, seconds: float) -> None:
         self.plain_rounds += 1
@@ -78,7 +78,7 @@ class RolloutStats:
         self.plain_s += seconds
 
     def add_idle_round(self, seconds: float) -> None:
-        """One that was launched before the host knew that all its rows had ended."""
+        """A round that was launched before the host knew that all its rows had ended."""
         self.plain_s += seconds
 
     def add_speculative_round(
@@ -100,7 +100,7 @@ class RolloutStats:
         self.verify_s += verify_s
 
     def add_segment(self, seconds: float, plain_s: float) -> None:
-        """Speculative rounds, and what plain rounds of the same minute would have taken for their tokens."""
+        """Adds the seconds of speculative rounds, and those of plain rounds of the same minute for their tokens."""
         self.segments += 1
         self.segment_s += seconds
         self.segment_plain_s += plain_s
@@ -163,9 +163,9 @@ class RolloutStats:
     def estimated_speedup(self) -> float | None:
         """Seconds that this rollout would have taken in plain rounds / seconds it took, refreshes included.
 
-        The plain rollout keeps what both share (prefill, scheduling, following the policy), needs no drafter, and
-        takes for the tokens of speculative rounds what the plain rounds next to them took. Without speculation it is
-        1; `None` where too few plain rounds were sampled to say.
+        The plain rollout has the same prefill, scheduling and sync with the policy, and no drafter. Its seconds for
+        the tokens of speculative rounds are those of the plain rounds next to them. Without speculation the ratio is
+        1; it is `None` where too few plain rounds were sampled.
         """
         speculative_s = self.draft_s + self.verify_s
         ratio = self._plain_ratio if speculative_s else 0.0
@@ -195,7 +195,7 @@ class RolloutStats:
     def __iadd__(self, other: Self) -> Self:
         for f in fields(self):
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
-            if f.name in _MAXIMA:
+            if f.name.endswith("_bytes"):
                 setattr(self, f.name, max(mine, theirs))
             elif isinstance(mine, list):
                 setattr(self, f.name, [a + b for a, b in zip(mine, theirs, strict=True)])
@@ -211,7 +211,7 @@ class RolloutStats:
         return total
 
     def metrics(self, num_ranks: int = 1) -> dict[str, float]:
-        """What a trainer logs; a ratio without data is left out.
+        """The metrics that a trainer logs; a ratio without data is left out.
 
         Args:
             num_ranks: Processes whose stats were summed. Seconds are means over them, `tokens_per_s` is their total.
@@ -240,45 +240,34 @@ class RolloutStats:
             values[f"acceptance_rate_pos_{i}"] = rate
         return {f"selfspec/{name}": value for name, value in values.items() if value is not None}
 
-    def to_vector(self) -> list[float]:
-        """All sums, in one fixed order and length, for an all-reduce; `maxima` have to be reduced apart."""
-        vector: list[float] = []
-        for f in _SUMMED:
-            value = getattr(self, f)
-            vector.extend(map(float, value) if isinstance(value, list) else [float(value)])
-        return vector
-
-    def maxima(self) -> list[int]:
-        """What merges by maximum, in one fixed order and length."""
-        return [getattr(self, name) for name in _MAXIMA]
-
     @classmethod
-    def from_vector(cls, vector: Sequence[float], maxima: Sequence[int] = ()) -> Self:
+    def from_dict(cls, values: Any) -> Self:
+        """The inverse of `dataclasses.asdict`, for values read from a file; a counter that it lacks is 0.
+
+        Raises:
+            ValueError: `values` are something else.
+        """
+        if not isinstance(values, dict):
+            raise ValueError("it holds no counters")
         stats = cls()
-        for name, value in zip(_MAXIMA, maxima, strict=False):
-            setattr(stats, name, value)
-        if len(vector) != len(stats.to_vector()):
-            raise ValueError(f"{len(vector)} values are no RolloutStats, which hold {len(stats.to_vector())}.")
-        values = iter(vector)
-        for f in _SUMMED:
-            value = getattr(stats, f)
-            if isinstance(value, list):
-                setattr(stats, f, [round(next(values)) for _ in value])
-            else:
-                setattr(stats, f, next(values) if isinstance(value, float) else round(next(values)))
+        for f in fields(cls):
+            default = getattr(stats, f.name)
+            value = values.get(f.name, default)
+            if isinstance(default, list) and not (isinstance(value, list) and len(value) == len(default)):
+                raise ValueError(f"it holds {value!r}")
+            for count in value if isinstance(default, list) else [value]:
+                positive(count, or_zero=True)
+            setattr(stats, f.name, value)
         return stats
-
-
-_MAXIMA = tuple(f.name for f in fields(RolloutStats) if f.name.endswith("_bytes"))
-_SUMMED = tuple(f.name for f in fields(RolloutStats) if f.name not in _MAXIMA)
 
 
 class PlainComparison:
     """Compares a rollout's speculative rounds with the plain rounds nearest to them in time, so that drift cancels.
 
     A segment is a run of plain rounds, up to `ANCHOR_ROUNDS` of them, with the speculative rounds on either side that
-    are nearer to it than to the next run. Each run counts in one segment, so that segments err independently. Rounds
-    of different sizes are compared by what plain rounds of these sizes usually take, of which only the ratio matters.
+    are nearer to it than to the next run. Each run counts in one segment, so that errors of segments are independent.
+    Rounds of different batch sizes are compared through the usual seconds of plain rounds of these sizes, of which
+    only the ratio matters.
 
     Args:
         stats: where segments are added.
@@ -306,19 +295,19 @@ class PlainComparison:
     def add_speculative_round(
         self,
         seconds: float,
-        tokens: float,  # kept per row
-        usual_s: float | None,  # what a plain round over as many rows usually takes
+        tokens: float,  # committed per row
+        usual_s: float | None,  # usual seconds of a plain round over as many rows
     ) -> None:
         if usual_s is not None:
             self._after.append((seconds, tokens * usual_s))
 
     def end(self) -> None:
-        """The rollout is over: the last rounds belong to the last run."""
+        """Ends the rollout: its last rounds belong to the last run of plain rounds."""
         self._close(self._before + self._after)
         self._before, self._after = [], []
 
     def _half(self) -> int:
-        """How many of the last rounds lie in the first half of their seconds."""
+        """The number of the last rounds that lie in the first half of their seconds."""
         ends = list(accumulate(seconds for seconds, _ in self._after))
         return sum(end <= ends[-1] / 2 for end in ends)
 

@@ -151,7 +151,7 @@ class PolicyReplica:
 
     @property
     def fast_layers(self) -> list[str]:
-        """Names of the decoder layers that decode in one go."""
+        """Names of the decoder layers that decode with a fused kernel."""
         return self._fast_layers or []
 
     @property
@@ -297,7 +297,7 @@ class PolicyReplica:
 
 
 def _layout(tensor: Tensor) -> tuple[object, ...]:
-    """Properties of a tensor that aliases and copies rely on. Its address is none: a merged weight is new each time."""
+    """The properties of a tensor that aliases and copies rely on; a merged weight has a new address each time."""
     return tensor.shape, tensor.dtype, tensor.device, tensor.is_contiguous()
 
 

@@ -78,9 +78,7 @@ def self_check(replica: PolicyReplica, policy: nn.Module, context: contextlib.Ab
         expected = _compared(_plain_logits(policy, tokens))
     if any((logits.isnan() | (logits == torch.inf)).any() for logits in expected):
         raise ValueError(f"{name} gives logits that are not finite; check its weights before generating.")
-    on_engine = failures_raised_as(
-        UnsupportedModelError, f"{name} does not run on the engine's cache and attention: "
-    )
+    on_engine = failures_raised_as(UnsupportedModelError, f"{name} does not run on the engine's cache and attention: ")
     with on_engine, torch.device(tokens.device), context:
         noise, logprob_noise = _noise(replica, tokens)
         actual = _ragged_logits(replica.model, replica.num_layers, tokens)

@@ -1,7 +1,7 @@
-"""The engine of a policy in training: built when it is first needed, brought up to date before every rollout.
+"""Keeps a trainer's engine in sync with its policy: builds it, refreshes it, checks it, or gives it up.
 
-Each process has an engine of its own. All of them have it or none, and all follow a change of weights together, since
-both gather sharded weights; what one process finds out alone is told to the others first.
+Each process has its own engine. Either all processes have one or none has, and all refresh together, because
+refreshing gathers sharded weights. What one process alone notices is therefore reduced over all of them first.
 """
 
 from collections.abc import Callable
@@ -13,11 +13,16 @@ from torch import nn
 from trl_selfspec.control.controller import Controller
 from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
+from trl_selfspec.utils import failures_raised_as
 
 
-# The engine is compared with the policy again where the logged difference of log-probabilities exceeds this much.
-DOUBT_IN_NOISES = 4.0
+# The engine is checked against the policy again where the logged difference of log-probabilities exceeds this.
+DOUBT_IN_NOISES = 4.0  # in multiples of the difference that the start-up check measured
 LEAST_DOUBT = 1e-3
+
+
+class EngineFailedError(RuntimeError):
+    """The engine failed while it was built, refreshed or checked, or in a rollout; the message names the reason."""
 
 
 class EngineSync:
@@ -32,47 +37,46 @@ class EngineSync:
     def __init__(self, options: SelfSpecOptions) -> None:
         self.options = options
         self.engine: SelfSpecEngine | None = None
-        self.unsupported: str | None = None  # why there can't be an engine; set on every process or on none
-        self._state: dict[str, Any] | None = None  # of a checkpoint, for an engine that is yet to be built
+        self.unsupported: str | None = None  # the reason why there is no engine; set on every process or on none
+        self._state: dict[str, Any] | None = None  # from a checkpoint, until the engine is built
         self._step = -1
         self._drafter_interval = 0  # the last one in which the drafter was quantized
-        self._unseen_change = False
-        self._failure: str | None = None  # of the engine on this process, yet to be told to the others
-        self._doubt: str | None = None  # why the engine is to be checked against the policy again
+        self._marked_changed = False
+        self._failure: str | None = None  # of the engine on this process, not yet reported to the others
+        self._doubt: str | None = None  # the reason to check the engine against the policy again
         self._doubt_above = 0.0  # mean difference of log-probabilities
 
-    def follow(self, policy: nn.Module, step: int, accelerator: Any) -> None:
-        """Builds the engine, or refreshes it, and checks it again where there is reason to. Collective."""
+    def sync(self, policy: nn.Module, step: int, accelerator: Any) -> None:
+        """Builds the engine, or refreshes it, and checks it again where there is a reason to. Collective."""
         if self.unsupported is not None:
             return
         interval = step // self.options.refresh_interval
         if self.engine is None:
             self._try(lambda: self._build(policy, accelerator), accelerator)
         else:
-            # Versions and values see what no step does (`load_best_model_at_end`, an EMA), steps what DeepSpeed
-            # writes. One process that saw a change is enough; copies are renewed in any case.
-            changed = step != self._step or self._unseen_change or self.engine.stale
+            # `stale` sees changes outside of steps (`load_best_model_at_end`, an EMA); DeepSpeed's writes show in the
+            # step alone. A change on one process counts for all; copies are renewed in any case.
+            changed = step != self._step or self._marked_changed or self.engine.stale
             changed = _number_of_processes_where(changed, accelerator) > 0
             self._try(lambda: self._refresh(changed and interval != self._drafter_interval), accelerator)
             if _number_of_processes_where(self._doubt is not None, accelerator):
                 self._check_again(accelerator)
-        self._step, self._drafter_interval, self._unseen_change = step, interval, False
+        self._step, self._drafter_interval, self._marked_changed = step, interval, False
 
-    def weights_changed(self) -> None:
-        """Makes the next `follow` refresh the drafter too, for a change that neither steps nor versions tell."""
-        self._unseen_change = True
+    def mark_changed(self) -> None:
+        """Makes the next `sync` refresh the drafter too, after a change that neither steps nor `stale` show."""
+        self._marked_changed = True
 
-    def failed(self, error: Exception) -> str:
-        """Takes note that the engine failed in a rollout: from the next `follow` on, no process uses one."""
-        self._failure = _reason(error)
-        return self._failure
+    def report_failure(self, reason: str) -> None:
+        """Records that the engine failed in a rollout on this process; the next `sync` drops it on all processes."""
+        self._failure = reason
 
     def observe_logprob_difference(self, mean: float, temperature: float) -> None:
-        """Compares the logged difference of log-probabilities with what rounding explains on this policy.
+        """Asks for another check if log-probabilities differ by more than rounding explains on this policy.
 
         Args:
             mean: mean |engine's - trainer's| log-probability, the same on every process.
-            temperature: at which tokens were drawn; a low one magnifies differences.
+            temperature: the temperature of sampling; a low one magnifies differences.
         """
         if self.engine is None or not mean * min(temperature, 1.0) > self._doubt_above:
             return
@@ -91,7 +95,7 @@ class EngineSync:
         Raises:
             ValueError: it is not such a state; nothing is changed then.
         """
-        Controller().load_state_dict(state)  # an engine that is yet to be built must not fail over it
+        Controller().load_state_dict(state)  # validates it before there is an engine
         self._state = state
         if self.engine is not None:
             self.engine.load_state_dict(state)
@@ -115,30 +119,31 @@ class EngineSync:
         if self.engine is not None:
             above = self._doubt_above
             self._calibrate()
-            self._doubt_above = max(self._doubt_above, 2 * above)  # it passed: the doubt was no reason
+            self._doubt_above = max(self._doubt_above, 2 * above)  # it passed: so large a difference is no reason
 
     def _calibrate(self) -> None:
         assert self.engine is not None
         self._doubt_above = DOUBT_IN_NOISES * self.engine.calibration.logprob_noise + LEAST_DOUBT
 
     def _try(self, action: Callable[[], None], accelerator: Any, because: str | None = None) -> None:
-        """Runs what may fail in the policy's own code; where it does on one process, no process keeps an engine.
+        """Runs an action on the engine; if it fails on one process, no process keeps an engine.
 
-        Whatever goes wrong here ends in TRL's own generation with a reason, never in the end of the run.
+        Training then goes on with TRL's own generation, whatever the failure was. It does not end the run.
         """
         reason, self._failure = self._failure, None
         if reason is None:
             try:
-                action()
-            except Exception as error:  # noqa: BLE001  # any model's own code runs here, and devices run out of memory
-                reason = _reason(error) + (f" (checked because {because})" if because else "")
+                with failures_raised_as(EngineFailedError, passing=ValueError):
+                    action()
+            except (EngineFailedError, ValueError) as error:
+                reason = f"{error}" + (f" (checked because {because})" if because else "")
         if failures := _number_of_processes_where(reason is not None, accelerator):
             self.engine = None
             self.unsupported = reason or f"the engine failed in {failures} of the other processes"
 
 
 def autocast_dtype(accelerator: Any) -> torch.dtype | None:
-    """The autocast in which accelerate runs the policy's forward, which defines the law that samples follow."""
+    """The dtype of the autocast in which accelerate runs the policy's forward; `None` without autocast."""
     if not accelerator.native_amp:  # DeepSpeed has its own mixed precision: 16-bit parameters, no autocast
         return None
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
@@ -149,11 +154,6 @@ def fsdp_param_dtype(accelerator: Any) -> torch.dtype | None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     policy = getattr(plugin, "mixed_precision_policy", None)
     return None if policy is None else policy.param_dtype
-
-
-def _reason(error: Exception) -> str:
-    text = str(error) or type(error).__name__
-    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"[:500]
 
 
 def _number_of_processes_where(condition: bool, accelerator: Any) -> int:

@@ -1,16 +1,18 @@
-"""What a trainer reports of its rollouts: counters over turns and ranks, the checkpoint's copy, a progress bar."""
+"""A trainer's metrics of its rollouts: counters over turns and ranks, their copy in a checkpoint, a progress bar."""
 
 import json
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from trl_selfspec.control.cost_model import positive
 from trl_selfspec.control.stats import RolloutStats
 from trl_selfspec.engine.rollout import Progress
 
@@ -19,20 +21,20 @@ STATE_FILE = "selfspec_state.json"  # in a checkpoint, beside TRL's files
 
 
 @dataclass
-class Tally:
+class GenerationStats:
     """Rollout counters of one or more generations; adds up over turns, generations and ranks."""
 
     stats: RolloutStats = field(default_factory=RolloutStats)
     generations: int = 0  # per rank
     turns: int = 0  # calls of the generation method: one per generation, more with tools
-    fallbacks: int = 0  # turns that TRL generated in the engine's place
+    fallbacks: int = 0  # turns that TRL generated instead of the engine
 
     def add_turn(self, stats: RolloutStats, fallback: bool = False) -> None:
         self.stats += stats
         self.turns += 1
         self.fallbacks += fallback
 
-    def __iadd__(self, other: "Tally") -> Self:
+    def __iadd__(self, other: "GenerationStats") -> Self:
         self.stats += other.stats
         self.generations += other.generations
         self.turns += other.turns
@@ -44,7 +46,7 @@ class Tally:
         return self.turns > self.fallbacks and self.stats.plain_rounds + self.stats.num_rounds_speculative > 0
 
     def metrics(self, num_ranks: int) -> dict[str, float]:
-        """What a trainer logs. Seconds are means per generation and rank; the rest are ratios of sums."""
+        """The metrics that a trainer logs. Seconds are means per generation and rank; the rest are ratios of sums."""
         metrics = self.stats.metrics(num_ranks)
         metrics["selfspec/refresh_s"] = self.stats.refresh_s / self.generations
         metrics["selfspec/rollout_s"] = self.stats.rollout_s / self.generations
@@ -52,24 +54,23 @@ class Tally:
             return metrics
         return {name: metrics[name] for name in ("selfspec/rollout_s", "selfspec/tokens_per_s")}
 
-    def to_vector(self) -> list[float]:
-        return [
-            *map(float, (self.generations, self.turns, self.fallbacks, *self.stats.maxima())),
-            *self.stats.to_vector(),
-        ]
-
     @classmethod
-    def from_vector(cls, vector: list[float]) -> Self:
-        first = 3 + len(RolloutStats().maxima())  # where the sums begin
-        generations, turns, fallbacks, *maxima = map(round, vector[:first])
-        return cls(RolloutStats.from_vector(vector[first:], maxima), generations, turns, fallbacks)
+    def from_dict(cls, values: Any) -> Self:
+        """The inverse of `dataclasses.asdict`, for values read from a file.
 
-    def gather(self, accelerator: Any) -> "Tally":
+        Raises:
+            ValueError: `values` are something else.
+        """
+        if not isinstance(values, dict):
+            raise ValueError("it holds no counters")
+        counts = (int(positive(values.get(name), or_zero=True)) for name in ("generations", "turns", "fallbacks"))
+        return cls(RolloutStats.from_dict(values.get("stats")), *counts)
+
+    def gather(self) -> "GenerationStats":
         """The sum over all ranks; collective."""
-        vector = torch.tensor([self.to_vector()], dtype=torch.float64, device=accelerator.device)
-        total = Tally()
-        for row in accelerator.gather(vector).tolist():
-            total += Tally.from_vector(row)
+        total = GenerationStats()
+        for stats in gather_object([self]):
+            total += stats
         return total
 
 
@@ -79,7 +80,7 @@ def gathered_difference(
     mask: Tensor,  # (B, T)
     accelerator: Any,
 ) -> dict[str, float]:
-    """Mean and maximum of |logps - sampled| over the tokens of all ranks, none if there are none; collective."""
+    """Mean and maximum of |logps - sampled| over the tokens of all ranks; empty without tokens. Collective."""
     local = torch.zeros(3, device=accelerator.device)
     if logps is not None and sampled is not None:
         delta = (logps - sampled).abs()[mask.bool() & ~sampled.isnan()]
@@ -91,26 +92,30 @@ def gathered_difference(
     return {"mean": (total.sum() / count.sum()).item(), "max": largest.max().item()}
 
 
-def write_state(folder: str, engine_state: dict[str, Any], run: Tally) -> None:
+def write_state(folder: str, engine_state: dict[str, Any], run: GenerationStats) -> None:
     with open(os.path.join(folder, STATE_FILE), "w", encoding="utf-8") as file:
-        json.dump({"engine": engine_state, "run": run.to_vector()}, file)
+        json.dump({"engine": engine_state, "run": asdict(run)}, file)
 
 
-def read_state(folder: str) -> tuple[dict[str, Any], Tally] | None:
-    """Engine state and counters; `None` if `folder` is a checkpoint of another trainer."""
-    path = os.path.join(folder, STATE_FILE)
-    if not os.path.exists(path):
-        return None
-    with open(path, encoding="utf-8") as file:
+def read_state(folder: str) -> tuple[dict[str, Any], GenerationStats | None]:
+    """The engine's state and the run's counters; no counters from before they were stored by name.
+
+    Raises:
+        ValueError: the file is no such state.
+        FileNotFoundError: `folder` is a checkpoint of another trainer.
+    """
+    with open(os.path.join(folder, STATE_FILE), encoding="utf-8") as file:
         state = json.load(file)
-    return state["engine"], Tally.from_vector(state["run"])
+    if not isinstance(state, dict) or not {"engine", "run"} <= state.keys():
+        raise ValueError("it holds no engine state")
+    return state["engine"], None if isinstance(state["run"], list) else GenerationStats.from_dict(state["run"])
 
 
 class RolloutBar:
     """One line on a terminal while a rollout runs: finished sequences, unfinished ones, tokens/s, draft length."""
 
     def __init__(self, num_rows: int, show: bool) -> None:
-        # `disable=None` keeps it out of files and pipes.
+        # With `disable=None`, tqdm draws on terminals alone.
         self._bar = tqdm(
             total=num_rows, desc="rollout", unit="seq", leave=False, disable=None if show else True, mininterval=0.2
         )

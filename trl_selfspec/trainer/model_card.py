@@ -5,7 +5,7 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.trainer.metrics import Tally
+from trl_selfspec.trainer.metrics import GenerationStats
 
 
 PAPER_ID = "2606.18967"
@@ -32,7 +32,7 @@ def complete_model_card(
     trainer_name: str,
     options: SelfSpecOptions,
     draft_qtype: str,
-    run: Tally,
+    run: GenerationStats,
     base_model_path: str | None,
 ) -> None:
     """Rewrites TRL's card at `path`; what TRL's template no longer has where it is expected goes to the end."""
@@ -46,7 +46,7 @@ def complete_model_card(
         file.write(card)
 
 
-def rollout_section(trainer_name: str, options: SelfSpecOptions, draft_qtype: str, run: Tally) -> str:
+def rollout_section(trainer_name: str, options: SelfSpecOptions, draft_qtype: str, run: GenerationStats) -> str:
     """Markdown on how the completions were generated; figures that were not measured are left out."""
     length = options.num_speculative_tokens
     drafter = (
