@@ -104,7 +104,7 @@ def test_exploring_stays_within_its_budget_at_every_moment(name: str) -> None:
 
 def test_an_overdrawn_budget_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control for the test above."""
-    monkeypatch.setattr("trl_selfspec.control.controller.BUDGET", 1.0)
+    monkeypatch.setattr("trl_selfspec.control.exploration.BUDGET", 1.0)
     monkeypatch.setattr("trl_selfspec.control.controller.PROBE_SHARE", 0.2)
     with pytest.raises(AssertionError):
         test_exploring_stays_within_its_budget_at_every_moment("draft five times as dear")

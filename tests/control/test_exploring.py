@@ -89,7 +89,7 @@ def test_short_rollouts_that_speculation_slows_lose_at_most_2_percent(name: str,
 
 def test_requantizing_off_the_account_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: whoever tries a drafter as soon as there are prices, and every time anew."""
-    monkeypatch.setattr("trl_selfspec.control.controller.BUDGET", 1.0)
+    monkeypatch.setattr("trl_selfspec.control.exploration.BUDGET", 1.0)
     assert run(SHORT_ROLLOUTS, 3)[0] > 1.02
 
 
@@ -195,7 +195,7 @@ def test_a_verification_costs_at_least_a_plain_round(slowness: float) -> None:
             controller.observe_speculative(4, gamma, 0.3 * gamma * slowness, 1.1 * slowness, [4] * gamma, [4] * gamma)
     controller.choose(4)
     plain, *drafting = controller._options(4)
-    draft = controller._draft.at(4)
+    draft = controller._costs.draft.at(4)
     verify = [option.seconds - option.gamma * draft for option in drafting]
     assert all(seconds >= plain.seconds * (1 - 1e-9) for seconds in verify)
     assert all(later >= earlier * (1 - 1e-9) for earlier, later in itertools.pairwise(verify))

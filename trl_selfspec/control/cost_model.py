@@ -1,22 +1,25 @@
-"""What rounds cost and how many drafts stand, estimated from a noisy machine and a changing policy."""
+"""Seconds of plain rounds, draft steps and verifications by size, from the measurements of a noisy machine."""
 
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
-from math import isfinite, log
+from math import log
 from statistics import median_low
-from typing import Any
+from typing import Any, NamedTuple
 
-from trl_selfspec.options import MAX_DRAFT_LENGTH
-
-
-WINDOW = 9  # measurements per bucket: their median ignores 4 outliers and follows a change within 5 rounds
-SETTLED = 4  # measurements of which the lower median outvotes two bad ones
-REACH = 2.0  # a draft step's cost is known within this factor of a measured batch
-PRIOR_ALPHA, PRIOR_WEIGHT = 0.8, 4.0  # 4-bit self-drafters reach 0.9 and more (arXiv 2606.18967); worth 4 tokens
-SHRINK_WEIGHT = 8.0  # examined tokens at which a position trusts itself as much as the pool
-SEED_WEIGHT = 64.0  # examined tokens the seed counts for
+from trl_selfspec.control.constants import (
+    ODD,
+    PACE_AGE,
+    PACES,
+    PEER_SHARE,
+    REACH,
+    REACH_VERIFY,
+    SETTLED,
+    SURE_PACES,
+    WINDOW,
+)
+from trl_selfspec.control.saved_state import checked, positive
 
 
 @lru_cache(maxsize=4096)
@@ -108,8 +111,8 @@ class CostCurve:
     def from_state(cls, state: Any) -> "CostCurve":
         """Restores each estimate with the weight of two measurements, so that another machine soon overrules it."""
         curve = cls()
-        for row in _checked(isinstance(state, list), state):
-            _checked(isinstance(row, list) and len(row) == 3, row)
+        for row in checked(isinstance(state, list), state):
+            checked(isinstance(row, list) and len(row) == 3, row)
             key, n, seconds = (positive(value) for value in row)
             curve._samples[int(key)] = deque([(int(n), seconds)] * 2, maxlen=WINDOW)
             curve._estimates[int(key)] = (int(n), seconds)
@@ -130,72 +133,103 @@ def _interpolate(points: list[tuple[float, float]], n: float) -> float:
     return s1 + min(max(slope, 0.0), s1 / n1) * (n - n1)
 
 
-class Acceptance:
-    """Decayed counts of accepted and examined draft tokens per position.
+class RoundCost(NamedTuple):
+    """The estimated seconds of a round of draft steps and a verification."""
 
-    Args:
-        decay: factor per round.
-        prior: what to lean on where evidence is thin. With one, counts follow the rows that are left: those of
-            earlier, larger batches are cut to what rounds of this size add up to.
+    gamma: int
+    seconds: float
+    least_s: float  # by what other sizes cost; the same where known
+    known: bool  # measured at this size or near it
+
+
+class RoundCosts:
+    """Seconds of rounds at the machine's current pace.
+
+    Curves hold seconds at pace 1, that of the first plain rounds. The last plain rounds give the pace, so the speed of
+    the machine may drift.
     """
 
-    def __init__(self, decay: float, prior: "Acceptance | None" = None) -> None:
-        self.decay = decay
-        self._prior = prior
-        self.accepted = [0.0] * MAX_DRAFT_LENGTH
-        self.examined = [0.0] * MAX_DRAFT_LENGTH
+    def __init__(self) -> None:
+        self.plain, self.draft, self.verify = CostCurve(), CostCurve(), CostCurve()
+        self.verify_by_rows: dict[int, CostCurve] = {}  # by bucket; a curve of tokens alone leaves attention out
+        self.pace = 1.0
+        self.pace_is_odd = False  # the last plain round differs, and no other has confirmed it yet
+        self._paces: deque[tuple[float, float]] = deque(maxlen=PACES)  # when, and pace
 
-    def add(self, accepted: Sequence[float], examined: Sequence[float], rounds: int = 1) -> None:
-        """Counts of one round, `rounds` rounds after the last ones."""
-        factor = self.decay**rounds
-        if self._prior is not None and self.examined[0] > 0:
-            factor = min(factor, examined[0] * self.decay / (1 - self.decay) / self.examined[0])
-        self.scale(factor)
-        for i, (a, e) in enumerate(zip(accepted, examined, strict=True)):
-            self.accepted[i] += a
-            self.examined[i] += e
+    def plain_s(self, rows: int) -> float | None:
+        """Seconds of a plain round of `rows` rows now; None before there is a measurement."""
+        seconds = self.plain.at(rows)
+        return None if seconds is None else seconds * self.pace
 
-    def scale(self, factor: float) -> None:
-        self.accepted = [a * factor for a in self.accepted]
-        self.examined = [e * factor for e in self.examined]
+    def speculative(self, rows: int, draft_lengths: Sequence[int]) -> list[RoundCost]:
+        """The cost of each draft length; none before a draft step and a verification were measured.
 
-    @property
-    def alpha(self) -> float:
-        prior = PRIOR_ALPHA if self._prior is None else self._prior.alpha
-        return (sum(self.accepted) + prior * PRIOR_WEIGHT) / (sum(self.examined) + PRIOR_WEIGHT)
+        A verification computes all that a plain round over the same rows does, so it never costs less.
+        """
+        plain, draft, verify = self.plain.at(rows), self.draft.at(rows), self.verify_curve(rows)
+        if plain is None or draft is None or not verify.largest:
+            return []
+        costs, near, anchor, longest = [], self.draft.covers(rows), (rows, plain), max(verify.largest, rows)
+        verify_s = plain
+        for gamma in draft_lengths:
+            n = rows * (gamma + 1)
+            verify_s = max(verify_s, verify.above(anchor, n))  # never less than of a shorter draft
+            seconds = least_s = self.pace * (gamma * draft + verify_s)
+            known = near and n <= REACH_VERIFY * verify.largest
+            if not known:
+                least_verify_s = max(plain, verify.above(anchor, min(n, longest)))
+                if n <= self.verify.largest:
+                    least_verify_s = max(least_verify_s, PEER_SHARE * self.verify.above(anchor, n))
+                least_s = self.pace * (gamma * self.draft.floor(rows) + least_verify_s)
+            costs.append(RoundCost(gamma, seconds, least_s, known))
+        return costs
 
-    def tokens_per_round(self, max_gamma: int) -> list[float]:
-        """E[tokens per row and round | γ] for γ = 0..max: 1 + Σ_k Π_{i<=k} alpha_i."""
-        pooled, survival, expected = self.alpha, 1.0, [1.0]
-        for a, e in zip(self.accepted[:max_gamma], self.examined, strict=False):
-            survival *= (a + SHRINK_WEIGHT * pooled) / (e + SHRINK_WEIGHT)
-            expected.append(expected[-1] + survival)
-        return expected
+    def verify_curve(self, rows: int) -> CostCurve:
+        """Verifications over `rows` rows by tokens; those over any rows before there was one."""
+        own = self.verify_by_rows.get(bucket(rows))
+        return own if own is not None and own.largest else self.verify
 
-    def restart(self) -> None:
-        """Starts over from the ratios of the prior, at little weight."""
-        assert self._prior is not None
-        self.accepted, self.examined = list(self._prior.accepted), list(self._prior.examined)
-        self.scale(min(1.0, SEED_WEIGHT / max(sum(self.examined), 1.0)))
+    def add_plain(self, rows: int, seconds: float, now_s: float) -> None:
+        self._update_pace(rows, seconds, now_s)
+        if len(self._paces) >= SURE_PACES or not self.plain.has(rows):
+            self.plain.add(rows, seconds / self.pace)
 
-    def load(self, accepted: Any, examined: Any) -> None:
-        for counts in (accepted, examined):
-            _checked(isinstance(counts, list) and len(counts) == MAX_DRAFT_LENGTH, counts)
-        self.accepted, self.examined = ([positive(c, or_zero=True) for c in counts] for counts in (accepted, examined))
-        _checked(all(a <= e for a, e in zip(self.accepted, self.examined, strict=True)), accepted)
+    def add_speculative(self, rows: int, gamma: int, draft_s: float, verify_s: float) -> None:
+        if self.pace_is_odd:  # the pace to divide by is uncertain
+            return
+        self.draft.add(rows, draft_s / gamma / self.pace)
+        for curve in (self.verify, self.verify_by_rows.setdefault(bucket(rows), CostCurve())):
+            curve.add(rows * (gamma + 1), verify_s / self.pace)
 
+    def _update_pace(self, rows: int, seconds: float, now_s: float) -> None:
+        """Takes the median of the last plain rounds. One that differs much needs others that agree."""
+        usual_s = self.plain.at(rows)
+        if usual_s is None or not self.plain.has(rows):
+            return
+        while self._paces and now_s - self._paces[0][0] > PACE_AGE * self.pace * usual_s:
+            self._paces.popleft()
+        self._paces.append((now_s, seconds / usual_s))
+        pace = median_low([pace for _, pace in self._paces])
+        self.pace_is_odd = len(self._paces) < SURE_PACES and not 1 / ODD < pace / self.pace < ODD
+        if not self.pace_is_odd:
+            self.pace = pace
 
-def positive(value: Any, or_zero: bool = False) -> float:
-    """Checks a saved number.
+    def state(self) -> dict[str, Any]:
+        return {
+            "plain": self.plain.state(),
+            "draft": self.draft.state(),
+            "verify": self.verify.state(),
+            "verify_by_rows": [[rows, curve.state()] for rows, curve in sorted(self.verify_by_rows.items())],
+            "pace": self.pace,
+        }
 
-    Raises:
-        ValueError: it is not a finite positive number.
-    """
-    number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-    return _checked(number and (value > 0 or (or_zero and value == 0)), value)
-
-
-def _checked(valid: bool, value: Any) -> Any:
-    if not valid:
-        raise ValueError(f"it holds {value!r}")
-    return value
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "RoundCosts":
+        costs = cls()
+        costs.plain, costs.draft, costs.verify = (
+            CostCurve.from_state(state[name]) for name in ("plain", "draft", "verify")
+        )
+        for rows, curve in state["verify_by_rows"]:
+            costs.verify_by_rows[int(positive(rows))] = CostCurve.from_state(curve)
+        costs.pace = positive(state["pace"])
+        return costs

@@ -12,7 +12,7 @@ from itertools import accumulate
 from math import sqrt
 from typing import Any, Self
 
-from trl_selfspec.control.cost_model import positive
+from trl_selfspec.control.saved_state import positive
 from trl_selfspec.options import MAX_DRAFT_LENGTH
 
 

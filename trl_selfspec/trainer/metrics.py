@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from trl_selfspec.control.cost_model import positive
+from trl_selfspec.control.saved_state import positive
 from trl_selfspec.control.stats import RolloutStats
 from trl_selfspec.engine.rollout import Progress
 
