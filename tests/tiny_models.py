@@ -94,7 +94,7 @@ def left_padded(prompts: list[list[int]], pad: int = 0) -> dict[str, torch.Tenso
 def spoil(engine: SelfSpecEngine, noise: float, seed: int = 0) -> None:
     """Gives the engine a drafter of perturbed weights, `noise` times their own size, until its next `refresh`."""
     replica = engine._replica
-    drafter = make_drafter(replica, engine.draft_qtype, engine.options.quantize_lm_head)
+    drafter = make_drafter(replica, engine.draft_qtype)
     generator = torch.Generator().manual_seed(seed)
     for name, module in quantized_layers(drafter):
         weight = replica.model.get_submodule(name).weight

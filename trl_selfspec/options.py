@@ -1,7 +1,7 @@
-"""What a user may choose about a speculative rollout, validated when it is written down."""
+"""The options of a speculative rollout: their descriptions, defaults and checks."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 
 DRAFT_QTYPES = ("auto", "qint4", "qint8", "qfloat8")
@@ -24,48 +24,61 @@ def _check_int(name: str, value: object, low: int, high: int | None = None) -> N
     _require(in_range, name, value, f"use an integer {bounds}")
 
 
+def _option(default: Any, text: str) -> Any:
+    """A field with its description. `SelfSpecGRPOConfig` takes both over for its own field."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class SelfSpecOptions:
-    """Options of [`SelfSpecEngine`].
-
-    Args:
-        draft_qtype: quanto type of the drafter's Linear weights; `"auto"` chooses by device and dtype.
-        num_speculative_tokens: draft length. An int fixes it, `"auto"` adapts it to live acceptance and measured
-            costs, 0 runs this engine without speculation (the baseline switch).
-        max_speculative_tokens: upper end for `"auto"`.
-        max_active_sequences: speculate only while at most this many sequences are unfinished; `None` decides from
-            measured costs alone. With an int `num_speculative_tokens`, decisions then use counts alone and repeat.
-        verification: `"rejection"` (Leviathan et al. 2023, arXiv 2211.17192) keeps the policy's law; `"coupled"`
-            (Daliri, Musco, Suresh 2024, arXiv 2408.07978) also keeps every sample token for token, whatever the
-            draft length.
-        refresh_interval: requantize the drafter every this many optimizer steps (the target follows every step).
-        max_batch_size: rows decoded at once; further prompts wait and are admitted as rows finish. `None`: on a GPU up
-            to 256, as far as the pages of keys and values suffice; on a CPU as many as fit at their full length.
-        kv_memory_fraction: how much of the memory that is free when a rollout starts may hold keys and values; the
-            rest is for activations, logits and whatever else runs. On a GPU, rows get pages as they grow: when there
-            are none left, the newest rows are paused and computed again later (`stats.paused_rows`).
-        release_kv_cache: on a GPU, free the keys and values after each `generate` (after the last turn of a
-            conversation with `keep`), so that training has the memory. `False` holds them until `release`. On a CPU
-            `generate` holds them in any case; either way the trainers follow it after each generation.
-        cuda_graphs: capture rounds on CUDA. `"auto"` runs eagerly what can't be captured, after one warning; `True`
-            raises instead.
-        quantize_lm_head: quantize the drafter's output head too.
+    """Options of [`SelfSpecEngine`]; each field says what it does.
 
     Raises:
-        ValueError: for a value outside these ranges; says what was given and what to use.
+        ValueError: for a value that is not supported; the message names the value and what to use.
     """
 
-    draft_qtype: str = "auto"
-    num_speculative_tokens: int | Literal["auto"] = "auto"
-    max_speculative_tokens: int = 8
-    max_active_sequences: int | None = None
-    verification: Literal["rejection", "coupled"] = "rejection"
-    refresh_interval: int = 1
-    max_batch_size: int | None = None
-    kv_memory_fraction: float = 0.5
-    release_kv_cache: bool = True
-    cuda_graphs: bool | Literal["auto"] = "auto"
-    quantize_lm_head: bool = True
+    draft_qtype: str = _option(
+        "auto",
+        "optimum-quanto type of the drafter's Linear weights: `qint4`, `qint8`, `qfloat8`, or `auto` to choose by "
+        "device and dtype.",
+    )
+    num_speculative_tokens: int | Literal["auto"] = _option(
+        "auto",
+        "Tokens drafted per round. An integer fixes the number, `auto` adapts it to the measured acceptance and "
+        "costs, 0 runs this engine without speculation.",
+    )
+    max_speculative_tokens: int = _option(8, "Largest number of tokens that `auto` may draft per round.")
+    max_active_sequences: int | None = _option(
+        None,
+        "Speculate only while at most this many sequences are unfinished. If `None`, measured costs alone decide. "
+        "With an integer `num_speculative_tokens`, counts alone decide, so runs repeat.",
+    )
+    verification: Literal["rejection", "coupled"] = _option(
+        "rejection",
+        "`rejection` (Leviathan et al. 2023, arXiv 2211.17192) keeps the policy's distribution. `coupled` (Daliri, "
+        "Musco, Suresh 2024, arXiv 2408.07978) also draws draft and target with the same noise, so that every "
+        "sample is, token for token, the one plain sampling gives for that seed.",
+    )
+    refresh_interval: int = _option(
+        1, "Requantize the drafter every this many optimizer steps. The target is synced every step in any case."
+    )
+    max_batch_size: int | None = _option(
+        None,
+        "Number of sequences decoded at once; further prompts wait and are admitted as others finish. If `None`, "
+        "it follows from the free memory; on a GPU it is at most 256.",
+    )
+    kv_memory_fraction: float = _option(
+        0.5,
+        "Share of the memory that is free when a rollout starts that keys and values may take; the rest is for "
+        "activations and logits. On a GPU, rows get pages as they grow: when there are none left, the newest rows "
+        "are preempted and computed again later, which changes no token and is logged as `selfspec/paused_rows`. "
+        "If that happens often, lower `max_batch_size` or raise this.",
+    )
+    cuda_graphs: bool | Literal["auto"] = _option(
+        "auto",
+        "Whether to capture rounds in CUDA graphs. `auto` runs eagerly what can't be captured, after one warning; "
+        "`True` raises there, and without a GPU.",
+    )
 
     def __post_init__(self) -> None:
         _require(
@@ -99,8 +112,6 @@ class SelfSpecOptions:
             self.cuda_graphs,
             'use "auto" or a bool',
         )
-        _require(isinstance(self.release_kv_cache, bool), "release_kv_cache", self.release_kv_cache, "use a bool")
-        _require(isinstance(self.quantize_lm_head, bool), "quantize_lm_head", self.quantize_lm_head, "use a bool")
 
     @property
     def longest_draft(self) -> int:

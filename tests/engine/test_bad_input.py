@@ -108,7 +108,6 @@ def test_a_parameter_that_cannot_be_honoured_is_named(engine: SelfSpecEngine, na
         {"refresh_interval": 0},
         {"max_batch_size": 0},
         {"cuda_graphs": "yes"},
-        {"quantize_lm_head": 1},
     ],
     ids=str,
 )

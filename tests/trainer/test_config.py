@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from trl_selfspec import SelfSpecGRPOConfig, SelfSpecOptions
 from trl_selfspec.trainer.config import SelfSpecConfigMixin
 
 
+README = (Path(__file__).parents[2] / "README.md").read_text()
 OWN_FIELDS = {field.name: field for field in dataclasses.fields(SelfSpecConfigMixin)}
 BAD_VALUES = [
     ("selfspec_draft_qtype", "int4"),
@@ -24,7 +26,6 @@ BAD_VALUES = [
     ("selfspec_refresh_interval", 0),
     ("selfspec_max_batch_size", -2),
     ("selfspec_kv_memory_fraction", 1.0),
-    ("selfspec_release_kv_cache", "sometimes"),
     ("selfspec_cuda_graphs", "sometimes"),
 ]
 
@@ -47,18 +48,29 @@ def test_every_option_has_a_field_with_its_default() -> None:
 
 
 def test_every_field_is_documented_with_its_default() -> None:
-    """TRL's docs are built from the class docstring, `--help` from the metadata; both go stale silently."""
+    """TRL's docs are built from the class docstring, `--help` from the metadata; the README is written by hand."""
     documentation = inspect.getdoc(SelfSpecConfigMixin) or ""
     for name, field in OWN_FIELDS.items():
-        assert field.metadata["help"].strip()
-        (entry,) = [line for line in documentation.splitlines() if line.strip().startswith(f"{name} (")]
+        assert field.metadata["help"].split()[-1] in documentation
+        (entry,) = [line for line in documentation.splitlines() if line.strip().startswith(f"{name} (`")]
         default = f'"{field.default}"' if isinstance(field.default, str) else str(field.default)
         assert ("defaults to" not in entry) if field.default is None else (f"`{default}`" in entry), entry
+        assert re.search(rf"^\| `{name}` \| `?{default}`? \|", README, flags=re.MULTILINE), name
+
+
+def test_a_description_names_the_fields_of_this_config() -> None:
+    """The engine's own names, without the prefix, are none that a user of the trainer can set."""
+    own = "|".join(option.name for option in dataclasses.fields(SelfSpecOptions))
+    texts = [field.metadata["help"] for field in OWN_FIELDS.values()]
+    assert not [text for text in texts if re.search(rf"`({own})`", text)]
+    assert any("`selfspec_max_batch_size`" in text for text in texts)
 
 
 def test_help_can_be_printed() -> None:
     """A bare % in a help text breaks argparse for the whole script."""
-    assert "--selfspec_num_speculative_tokens" in TrlParser(SelfSpecGRPOConfig).format_help()
+    text = TrlParser(SelfSpecGRPOConfig).format_help()
+    assert "--selfspec_num_speculative_tokens" in text
+    assert "Tokens drafted per round." in " ".join(text.split())
 
 
 @pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("0", 0), ("5", 5)])
@@ -85,8 +97,7 @@ def test_other_options_parse_from_the_command_line(tmp_path: Path) -> None:
         tmp_path,
         *("--no_use_selfspec", "--selfspec_cuda_graphs", "false", "--selfspec_max_active_sequences", "16"),
         *("--selfspec_max_batch_size", "32", "--selfspec_verification", "coupled", "--selfspec_draft_qtype", "qint8"),
-        *("--selfspec_refresh_interval", "2", "--no_selfspec_quantize_lm_head"),
-        *("--selfspec_kv_memory_fraction", "0.25", "--no_selfspec_release_kv_cache"),
+        *("--selfspec_refresh_interval", "2", "--selfspec_kv_memory_fraction", "0.25"),
     )
     assert not config.use_selfspec
     assert config.options() == SelfSpecOptions(
@@ -96,9 +107,7 @@ def test_other_options_parse_from_the_command_line(tmp_path: Path) -> None:
         refresh_interval=2,
         max_batch_size=32,
         cuda_graphs=False,
-        quantize_lm_head=False,
         kv_memory_fraction=0.25,
-        release_kv_cache=False,
     )
 
 

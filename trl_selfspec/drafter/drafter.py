@@ -104,24 +104,18 @@ class QuantizedRows(nn.Module):
             self.whole.bias[self.rows].copy_(bias)
 
 
-def make_drafter(
-    replica: PolicyReplica, qtype: str, quantize_lm_head: bool = True, live_adapters: bool = False
-) -> PreTrainedModel:
+def make_drafter(replica: PolicyReplica, qtype: str, live_adapters: bool = False) -> PreTrainedModel:
     """The target replica's tree and tensors with a `QuantizedLinear` for every Linear layer; fill it by `requantize`.
 
     Args:
         replica: the target replica.
         qtype: quanto's name of the weights' type.
-        quantize_lm_head: quantize the output head too.
         live_adapters: keep LoRA adapters unmerged, for `requantize` to be cheap.
     """
-    head = replica.model.get_output_embeddings()
     live = {name for name in _linear_names(replica) if live_adapters and _has_factors(replica, name)}
     joined = _joined(replica, qtype, live)
 
     def quantized(name: str, layer: ReplicaLinear) -> nn.Module:
-        if layer is head and not quantize_lm_head:
-            return layer
         if name in joined:
             return joined[name]
         form = LiveLoraLinear if name in live else QuantizedLinear

@@ -236,7 +236,7 @@ class SelfSpecEngine:
         rollout.stats.refresh_s, self._refresh_s = self._refresh_s, 0.0
         rollout.stats.drafter_bytes, rollout.stats.kv_bytes = self.drafter_bytes, rollout.kept.cache.nbytes
         rollout.stats.graph_pool_bytes = self._graphs.nbytes
-        if self.options.release_kv_cache and self.device.type == "cuda" and not keep:
+        if self.device.type == "cuda" and not keep:
             self.release()
         policy_logprobs = rollout.logprobs if logits_processor.is_full_softmax else rollout.policy_logprobs
         return RolloutOutput(rollout.completions, rollout.logprobs, policy_logprobs, rollout.stats)
@@ -250,11 +250,8 @@ class SelfSpecEngine:
                 bind_cache(tree, None)
 
     def end_conversation(self) -> None:
-        """Forgets the rows kept for later turns; frees keys and values too, unless `release_kv_cache` is off."""
-        if self.options.release_kv_cache:
-            self.release()
-        elif self._kept is not None:
-            self._kept.forget()
+        """Forgets the rows kept for later turns and frees the keys and values."""
+        self.release()
 
     @property
     def drafter_bytes(self) -> int:
@@ -366,7 +363,7 @@ class SelfSpecEngine:
                 if self._drafter is not None:  # freed before another takes its place
                     self._drafter = None
                     self._graphs.clear()
-                self._drafter = make_drafter(self._replica, self.draft_qtype, self.options.quantize_lm_head, live)
+                self._drafter = make_drafter(self._replica, self.draft_qtype, live)
                 self._drafter_version = None
         assert self._drafter is not None
         return self._drafter
