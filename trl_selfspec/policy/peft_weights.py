@@ -1,7 +1,7 @@
-"""The tensors a policy really computes with: adapters merged, shards gathered, without touching the policy.
+"""Effective weights of a policy under PEFT: adapters merged, shards gathered, the policy left unchanged.
 
-LoRA in all its places (Linear, Embedding, Conv1D, expert parameters) and DoRA are added up in fp32 and rounded once.
-Other PEFT methods merge themselves on a copy of the layer. What has no merged form raises `NotImplementedError`.
+LoRA on any layer (Linear, Embedding, Conv1D, expert parameters) and DoRA are added up in fp32 and rounded once. Other
+PEFT methods merge on a copy of the layer. A layer without a merged form raises `NotImplementedError`.
 """
 
 import copy
@@ -28,7 +28,7 @@ def base_model(policy: nn.Module) -> PreTrainedModel:
 
 
 def find_module(base: nn.Module, path: str) -> nn.Module:
-    """The module of `base` that stands at `path` in the model without PEFT's wrappers, its own wrapper included."""
+    """The module of `base` at `path`, a path in the model without PEFT's wrappers; the module's own wrapper is kept."""
     module = base
     for name in filter(None, path.split(".")):
         module = _active_copy(module) if isinstance(module, AuxiliaryTrainingWrapper) else module
@@ -41,16 +41,16 @@ def find_module(base: nn.Module, path: str) -> nn.Module:
 
 
 def inner_module(module: nn.Module) -> nn.Module:
-    """What remains of a module without PEFT's wrappers."""
+    """The module inside PEFT's wrappers."""
     module = _active_copy(module) if isinstance(module, AuxiliaryTrainingWrapper) else module
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def effective_tensor(module: nn.Module, attribute: str) -> Tensor | None:
-    """What `module.<attribute>` amounts to with its active adapters merged and its shards gathered.
+    """The value of `module.<attribute>` with active adapters merged and shards gathered.
 
-    Returns the module's own `nn.Parameter` where that is the effective value (it may be aliased), else a new tensor.
-    Gathering a sharded tensor is collective: every rank must ask in the same order.
+    Returns the module's own `nn.Parameter` if that is the effective value (it may be aliased), else a new tensor.
+    Gathering a sharded tensor is collective: all ranks must call this in the same order.
 
     Raises:
         NotImplementedError: there is no such tensor, because an adapter or a quantized layer computes something else.
@@ -68,7 +68,7 @@ def effective_tensor(module: nn.Module, attribute: str) -> Tensor | None:
 
 
 def adapter_state(base: nn.Module) -> tuple[object, ...]:
-    """Which adapters count, and how much: switching one leaves every parameter and its version as it was."""
+    """Which adapters are active, and their scales: switching one changes no parameter and no version."""
     return tuple(
         (
             module.disable_adapters,
@@ -84,7 +84,7 @@ def adapter_state(base: nn.Module) -> tuple[object, ...]:
 def lora_factors(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     """A (R, in) and B (out, R), scaled, with `effective weight = base weight + B A`.
 
-    `None` where that does not hold, and for sharded adapters: whoever asks may be alone.
+    `None` where that does not hold, and for sharded adapters, because gathering them would be collective.
     """
     if not isinstance(module, LoraLayer) or isinstance(module, ParamWrapper):
         return None
@@ -100,7 +100,7 @@ def lora_factors(module: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def frozen_state(module: nn.Module) -> tuple[object, ...] | None:
-    """Changes with what a frozen `module` computes; `None` where optimizers write, some of them past all versions."""
+    """A key that changes whenever a frozen `module` does; `None` for a trained one, whose versions may not change."""
     parameters = list(module.parameters())
     if is_sharded(module) or any(parameter.requires_grad for parameter in parameters):
         return None
@@ -193,7 +193,7 @@ def _active_copy(wrapper: AuxiliaryTrainingWrapper) -> nn.Module:
 
 
 def _dense(module: nn.Module, attribute: str) -> Tensor | None:
-    """The tensor itself, whole, in the dtype in which the module computes."""
+    """The whole tensor in the dtype in which the module computes."""
     tensor = getattr(module, attribute)
     if is_quantized(module) and tensor is not None:
         state = module.weight.quant_state  # type: ignore[union-attr]

@@ -1,6 +1,6 @@
-"""Policies whose weights are split over processes: FSDP2's `DTensor`s and DeepSpeed's ZeRO-3 partitions.
+"""Gathers weights that are sharded over processes: FSDP2's `DTensor`s and DeepSpeed's ZeRO-3 partitions.
 
-Gathering is collective: every rank has to ask for the same tensors in the same order. Nothing else here is.
+Gathering is collective: all ranks gather the same tensors in the same order. Nothing else here is collective.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ SAMPLES_PER_DIMENSION = 5
 
 @contextlib.contextmanager
 def gathered_partitions(module: nn.Module) -> Iterator[None]:
-    """Within it the ZeRO-3 parameters of `module` are whole; collective if it has any."""
+    """Gathers the ZeRO-3 parameters of `module` for the duration of the context; collective if it has any."""
     partitions = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
     if not partitions:
         yield
@@ -29,7 +29,7 @@ def gathered_partitions(module: nn.Module) -> Iterator[None]:
 
 
 def gathered(tensor: Tensor | None) -> Tensor | None:
-    """`tensor` itself if this process holds all of it for good, else a whole copy."""
+    """`tensor` itself if this process permanently holds all of it, else a gathered copy."""
     if tensor is None:
         return None
     if hasattr(tensor, "ds_id"):  # whole only as long as `gathered_partitions` lasts
@@ -38,10 +38,10 @@ def gathered(tensor: Tensor | None) -> Tensor | None:
 
 
 def fingerprint(policy: nn.Module) -> int:
-    """Differs once the policy has other weights: by versions, by addresses, and by a sample of every tensor's values.
+    """A hash of the policy's weights: of versions, of addresses, and of a sample of every tensor's values.
 
-    Versions count what optimizers and loads write in place. Values see what moves no version: writes through `.data`
-    (an EMA swapped in, a hotswapped adapter) and DeepSpeed's. A write that spares every sampled value is not seen.
+    Versions count in-place writes of optimizers and loads. Values show writes that change no version: through `.data`
+    (an EMA swapped in, a hotswapped adapter) and DeepSpeed's. A write that misses every sampled value is not seen.
     Costs one small gather per tensor and one host sync (docs/LOG.md 2026-11-30).
     """
     _reshard(policy)
@@ -57,23 +57,23 @@ def fingerprint(policy: nn.Module) -> int:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
+    """This process's shard of a tensor."""
     if isinstance(tensor, DTensor):
         return tensor.to_local().detach()
     return getattr(tensor, "ds_tensor", tensor).detach()
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """A few values from all over a tensor, whatever its strides."""
+    """A few values spread over a tensor, independent of its strides."""
     picked = tensor[tuple(slice(None, None, -(-size // SAMPLES_PER_DIMENSION)) for size in tensor.shape)]
     return picked.reshape(-1).float()
 
 
 def _reshard(policy: nn.Module) -> None:
-    """Puts FSDP2's shards back where a forward left whole weights in their place.
+    """Restores FSDP2's shards where a forward left gathered weights in their place.
 
-    It does so for the last layers and the root until the next backward. Whole weights are no `DTensor`s, have versions
-    of their own, and their memory is freed under whoever aliases them.
+    A forward leaves the last layers and the root gathered until the next backward. Gathered weights are no `DTensor`s
+    and have versions of their own, and FSDP frees their memory even if something aliases it.
     """
     for module in policy.modules():
         if isinstance(module, FSDPModule):

@@ -1,5 +1,6 @@
-"""Why a rollout is left to TRL's own generation: what the engine can't honour exactly. Each function returns the
-reason in words that fit behind a colon, or `None`.
+"""Reasons for TRL's own generation: inputs and settings that the engine does not support exactly.
+
+Each function returns the reason in words that fit behind a colon, or `None`.
 """
 
 import inspect
@@ -30,7 +31,7 @@ def sharding_reason(
         if isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
             return "FSDP keeps the policy's weights off the device (`fsdp_offload_params`)"
     if (distribution.is_fsdp or distribution.is_zero3) and is_multimodal:
-        # TRL's generation is collective here: a process whose prompts hold images would wait for the others.
+        # TRL's generation is collective here: a process with images in its prompts would wait for the others.
         return "the policy is sharded and multimodal"
     return None
 
@@ -60,7 +61,7 @@ def input_reason(policy: nn.Module, images: Any, fields: Iterable[str]) -> str |
 
 
 def length_reason(policy: nn.Module, prompt_ids: list[list[int]]) -> str | None:
-    """TRL lets a model generate past its context; the engine ends rows there, and has no room for such prompts."""
+    """TRL lets a model generate past its context; the engine ends rows there and can't hold longer prompts."""
     context = getattr(base_model(policy).config.get_text_config(decoder=True), "max_position_embeddings", None)
     longest = max(map(len, prompt_ids), default=0)
     if context is None or longest < context:
@@ -69,7 +70,7 @@ def length_reason(policy: nn.Module, prompt_ids: list[list[int]]) -> str | None:
 
 
 def _replaces_generate(model: Any) -> bool:
-    """Whether tokens are drawn by code of the model's own, say a repository's `custom_generate`, or by a patch."""
+    """Whether `generate` is not transformers' own: a repository's `custom_generate`, or a patch."""
     of_class, of_instance = getattr(type(model), "generate", None), vars(model).get("generate")
     wrapper = getattr(of_instance, "__func__", None)
     if wrapper is not None and wrapper.__globals__["__name__"].startswith("torch.distributed.fsdp"):

@@ -1,4 +1,4 @@
-"""Completes the model card that TRL writes: how the completions were generated, what was measured, whom to cite."""
+"""Completes TRL's model card: how completions were generated, the figures measured in training, the citation."""
 
 import os
 import re
@@ -35,7 +35,7 @@ def complete_model_card(
     run: GenerationStats,
     base_model_path: str | None,
 ) -> None:
-    """Rewrites TRL's card at `path`; what TRL's template no longer has where it is expected goes to the end."""
+    """Rewrites TRL's card at `path`; text whose anchor TRL's template no longer has goes to the end."""
     with open(path, encoding="utf-8") as file:
         card = file.read()
     card = _name_local_base(card, base_model_path, os.path.dirname(path))
@@ -47,7 +47,7 @@ def complete_model_card(
 
 
 def rollout_section(trainer_name: str, options: SelfSpecOptions, draft_qtype: str, run: GenerationStats) -> str:
-    """Markdown on how the completions were generated; figures that were not measured are left out."""
+    """A Markdown section on how completions were generated; figures without a measurement are left out."""
     length = options.num_speculative_tokens
     drafter = (
         "without speculation"
@@ -64,7 +64,7 @@ def rollout_section(trainer_name: str, options: SelfSpecOptions, draft_qtype: st
         "",
     ]
     figures = [(label, getattr(run.stats, name), form) for label, name, form in FIGURES]
-    if not (run.stats.plain_rounds and run.stats.num_rounds_speculative):  # nothing that could be compared
+    if not (run.stats.plain_rounds and run.stats.num_rounds_speculative):  # nothing to compare
         figures = [figure for figure in figures if "speed-up" not in figure[0]]
     rows = [f"| {label} | {form.format(value)} |" for label, value, form in figures if value is not None]
     if rows and run.used_engine:

@@ -17,7 +17,7 @@ class SelfSpecGRPOTrainer(SelfSpecMixin, GRPOTrainer):
 
     Before a rollout the current policy is quantized into a drafter; the drafter proposes tokens and the policy
     verifies them, so that samples follow the policy's own distribution. The only change w.r.t. [`~trl.GRPOTrainer`] is
-    where the completions come from; see [`SelfSpecMixin`] for what falls back to TRL's own generation.
+    the source of the completions; [`SelfSpecMixin`] lists what falls back to TRL's own generation.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -66,7 +66,7 @@ class SelfSpecRLOOTrainer(SelfSpecMixin, RLOOTrainer):
     """
     [`~trl.RLOOTrainer`] whose rollouts are drawn by self-speculative decoding.
 
-    The only change w.r.t. [`~trl.RLOOTrainer`] is where the completions come from; see [`SelfSpecGRPOTrainer`].
+    The only change w.r.t. [`~trl.RLOOTrainer`] is the source of the completions; see [`SelfSpecGRPOTrainer`].
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
