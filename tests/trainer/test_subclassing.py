@@ -63,11 +63,23 @@ def documented() -> dict[str, Any]:
 # RLOO
 
 
-def test_rloo_trains_and_reports(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def rloo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[dict[str, float]]]:
+    """A trainer after two steps, and its log."""
+    kwargs = {"eval_dataset": make_dataset()}
+    trainer = make_trainer(tmp_path_factory.mktemp("rloo"), **RLOO, **ALWAYS_SPECULATE, trainer_kwargs=kwargs)
+    return trainer, train(trainer)
+
+
+@pytest.fixture(scope="module")
+def greedy_stock_rloo(tmp_path_factory: pytest.TempPathFactory) -> list[list[list[int]]]:
+    return greedy_run(tmp_path_factory.mktemp("greedy_stock"), **STOCK_RLOO)
+
+
+def test_rloo_trains_and_reports(rloo_run: tuple[Any, list[dict[str, float]]]) -> None:
     """Two steps of the real trainer: weights move, and the log shows what the engine did."""
-    trainer = make_trainer(tmp_path, **RLOO, **ALWAYS_SPECULATE, trainer_kwargs={"eval_dataset": make_dataset()})
-    before = weights(trainer)
-    log = train(trainer)
+    trainer, log = rloo_run
+    before = dict(make_model().named_parameters())
     assert len(log) == 2
     for entry in log:
         assert all(entry[f"selfspec/{name}"] > 0 for name in METRICS)
@@ -76,10 +88,12 @@ def test_rloo_trains_and_reports(tmp_path: Path) -> None:
     assert all(not torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())
 
 
-def test_greedy_rloo_rollouts_equal_trls_own_path_over_a_run(tmp_path: Path) -> None:
-    """Steps 2 and 3 only match if the engine followed the weights and nothing else of training changed."""
+def test_greedy_rloo_rollouts_equal_trls_own_path_over_a_run(
+    tmp_path: Path, greedy_stock_rloo: list[list[list[int]]]
+) -> None:
+    """Steps 2 and 3 only match if the engine was synced with the weights and nothing else of training changed."""
     ours = greedy_run(tmp_path, **RLOO, **ALWAYS_SPECULATE)
-    assert ours == greedy_run(tmp_path, **STOCK_RLOO)
+    assert ours == greedy_stock_rloo
     assert ours[0] != ours[2]
 
 
@@ -88,10 +102,12 @@ class _Shifted(SelfSpecRLOOTrainer):
         return completion_ids[1:] + completion_ids[:1]
 
 
-def test_the_comparison_with_stock_rloo_sees_rows_in_another_order(tmp_path: Path) -> None:
+def test_the_comparison_with_stock_rloo_sees_rows_in_another_order(
+    tmp_path: Path, greedy_stock_rloo: list[list[list[int]]]
+) -> None:
     """Negative control: a rollout that is packed wrongly is not TRL's."""
     shifted = greedy_run(tmp_path, **RLOO | {"trainer_class": _Shifted}, **ALWAYS_SPECULATE)
-    assert shifted != greedy_run(tmp_path, **STOCK_RLOO)
+    assert shifted != greedy_stock_rloo
 
 
 def test_rloo_switched_off_is_stock_trl_bit_for_bit(tmp_path: Path) -> None:
@@ -120,12 +136,11 @@ def test_the_rloo_config_parses_and_names_its_field(tmp_path: Path) -> None:
         SelfSpecRLOOConfig(str(tmp_path), use_cpu=True, selfspec_max_batch_size=0)
 
 
-def test_the_rloo_model_card_names_its_trainer(tmp_path: Path) -> None:
+def test_the_rloo_model_card_names_its_trainer(rloo_run: tuple[Any, list[dict[str, float]]]) -> None:
     """The card is TRL's, with GRPO's name in it if the class were GRPO's in disguise."""
-    trainer = make_trainer(tmp_path, **RLOO, max_steps=1)
-    train(trainer)
+    trainer, _ = rloo_run
     trainer.create_model_card(model_name="tiny")
-    card = (tmp_path / "README.md").read_text()
+    card = (Path(trainer.args.output_dir) / "README.md").read_text()
     assert "SelfSpecRLOOTrainer" in card
     assert "- selfspec" in card
     assert "GRPO" not in card

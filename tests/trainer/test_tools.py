@@ -1,5 +1,6 @@
 """Multi-turn rollouts through TRL's own machinery: `tools`, `environment_factory` and `rollout_func`."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,17 @@ def greedy_run(folder: Path, way: str, **overrides: Any) -> tuple[Any, Recorder,
     return trainer, reward, train(trainer)
 
 
+@pytest.fixture(scope="module")
+def greedy(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`greedy(way)`: a greedy run with the engine, made once."""
+    return functools.cache(lambda way: greedy_run(tmp_path_factory.mktemp(way), way, **ALWAYS_SPECULATE))
+
+
 @pytest.mark.parametrize("way", WAYS)
-def test_greedy_conversations_are_those_of_trls_own_generation(tmp_path: Path, way: str) -> None:
+def test_greedy_conversations_are_those_of_trls_own_generation(tmp_path: Path, greedy: Any, way: str) -> None:
     """Prevents a turn that is answered from another row's history, from old weights or from a tool's former answer."""
-    ours, reward, log = greedy_run(tmp_path / "ours", way, **ALWAYS_SPECULATE)
-    _, stock_reward, stock_log = greedy_run(
-        tmp_path / "stock", way, trainer_class=GRPOTrainer, config_class=GRPOConfig
-    )
+    ours, reward, log = greedy(way)
+    _, stock_reward, stock_log = greedy_run(tmp_path, way, trainer_class=GRPOTrainer, config_class=GRPOConfig)
     assert reward.completion_ids == stock_reward.completion_ids
     # Rows of a step take different numbers of turns: one more than the most calls of a row.
     assert [rollout.turns for rollout in ours.rollouts] == [1 + max(NUM_CALLS[:2]), 1 + max(NUM_CALLS[2:4])]
@@ -90,9 +95,11 @@ def test_greedy_conversations_are_those_of_trls_own_generation(tmp_path: Path, w
         assert entry["selfspec/reused_prompt_tokens"] > 0
 
 
-def test_another_rows_history_shows_in_greedy_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_rows_history_shows_in_greedy_conversations(
+    tmp_path: Path, greedy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Negative control: rows that go on from the other group's keys fail the comparison above."""
-    _, expected, _ = greedy_run(tmp_path / "right", "tools", **ALWAYS_SPECULATE)
+    _, expected, _ = greedy("tools")
     found = PrefixCache.longest_prefix
 
     def wrong(kept: PrefixCache, prompt: Tokens) -> tuple[int, int]:
@@ -100,7 +107,7 @@ def test_another_rows_history_shows_in_greedy_conversations(tmp_path: Path, monk
         return (row + 3) % kept.cache.max_rows, num_tokens
 
     monkeypatch.setattr(PrefixCache, "longest_prefix", wrong)
-    _, reward, _ = greedy_run(tmp_path / "wrong", "tools", **ALWAYS_SPECULATE)
+    _, reward, _ = greedy_run(tmp_path, "tools", **ALWAYS_SPECULATE)
     assert reward.completion_ids[0] != expected.completion_ids[0]
 
 

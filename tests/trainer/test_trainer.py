@@ -1,4 +1,4 @@
-"""Trainer laws, on real TRL runs of two or three steps: only the source of tokens changes, and it shows in the log."""
+"""Real TRL runs of two or three steps: only the source of tokens changes, and the log shows it."""
 
 import logging
 import math
@@ -31,13 +31,35 @@ from trl_selfspec.policy.replica import PolicyReplica
 from trl_selfspec.trainer.fallback import input_reason
 
 
-def test_switched_off_it_is_stock_trl_bit_for_bit(tmp_path: Path) -> None:
+Run = tuple[Any, Recorder, list[dict[str, float]]]
+
+
+def recorded(folder: Path, *classes: type, **options: Any) -> Run:
+    """A trainer after its run, its reward function and its log."""
+    reward = Recorder()
+    trainer = make_trainer(folder, *classes, reward=reward, **options)
+    return trainer, reward, train(trainer)
+
+
+@pytest.fixture(scope="module")
+def stock_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return recorded(tmp_path_factory.mktemp("stock"), GRPOTrainer, GRPOConfig)
+
+
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return recorded(tmp_path_factory.mktemp("one_step"), max_steps=1, **ALWAYS_SPECULATE)
+
+
+@pytest.fixture(scope="module")
+def greedy_lora(tmp_path_factory: pytest.TempPathFactory) -> list[list[list[int]]]:
+    return greedy_run(tmp_path_factory.mktemp("greedy_lora"), lora=True, **ALWAYS_SPECULATE)
+
+
+def test_switched_off_it_is_stock_trl_bit_for_bit(tmp_path: Path, stock_run: Run) -> None:
     """The switch is for comparisons: a stray draw from a generator would make the baseline another run."""
-    off_reward, stock_reward = Recorder(), Recorder()
-    off = make_trainer(tmp_path / "off", use_selfspec=False, reward=off_reward)
-    off_log = train(off)
-    stock = make_trainer(tmp_path / "stock", GRPOTrainer, GRPOConfig, reward=stock_reward)
-    stock_log = train(stock)
+    off, off_reward, off_log = recorded(tmp_path, use_selfspec=False)
+    stock, stock_reward, stock_log = stock_run
     assert off_reward.completion_ids == stock_reward.completion_ids
     assert_same_weights(off, stock)
     timing = ("time", "selfspec", "per_second", "runtime")
@@ -52,30 +74,30 @@ def test_switched_off_it_is_stock_trl_bit_for_bit(tmp_path: Path) -> None:
         }
 
 
-def test_the_comparison_with_stock_trl_sees_another_sampler(tmp_path: Path) -> None:
-    """Negative control: with the engine on, samples are of the same law but not the same tokens."""
-    on_reward, stock_reward = Recorder(), Recorder()
-    train(make_trainer(tmp_path / "on", reward=on_reward, max_steps=1, **ALWAYS_SPECULATE))
-    train(make_trainer(tmp_path / "stock", GRPOTrainer, GRPOConfig, reward=stock_reward, max_steps=1))
-    assert on_reward.completion_ids != stock_reward.completion_ids
+def test_the_comparison_with_stock_trl_sees_another_sampler(one_step: Run, stock_run: Run) -> None:
+    """Negative control: with the engine on, samples have the same distribution but are not the same tokens."""
+    assert one_step[1].completion_ids[0] != stock_run[1].completion_ids[0]
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_greedy_rollouts_equal_trls_own_path_over_a_run(tmp_path: Path, lora: bool) -> None:
-    """Steps 2 and 3 only match if the engine followed the weights and nothing else of training changed."""
-    ours = greedy_run(tmp_path, lora, **ALWAYS_SPECULATE)
+def test_greedy_rollouts_equal_trls_own_path_over_a_run(
+    tmp_path: Path, greedy_lora: list[list[list[int]]], lora: bool
+) -> None:
+    """Steps 2 and 3 only match if the engine was synced with the weights and nothing else of training changed."""
+    ours = greedy_lora if lora else greedy_run(tmp_path, **ALWAYS_SPECULATE)
     assert ours == greedy_run(tmp_path, lora, trainer_class=GRPOTrainer, config_class=GRPOConfig)
     assert ours[0] != ours[2]  # the same prompts: without a change of weights this would say nothing
 
 
-def test_a_missed_refresh_shows_in_greedy_rollouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: an engine that does not follow a LoRA policy fails the comparison above."""
-    followed = greedy_run(tmp_path, lora=True, **ALWAYS_SPECULATE)
+def test_a_missed_refresh_shows_in_greedy_rollouts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, greedy_lora: list[list[list[int]]]
+) -> None:
+    """Negative control: an engine that is not synced with a LoRA policy fails the comparison above."""
     monkeypatch.setattr(PolicyReplica, "stale", False)
     monkeypatch.setattr(SelfSpecEngine, "refresh", lambda engine, draft=True: None)
     frozen = greedy_run(tmp_path, lora=True, **ALWAYS_SPECULATE)
-    assert frozen[0] == followed[0]
-    assert frozen[1:] != followed[1:]
+    assert frozen[0] == greedy_lora[0]
+    assert frozen[1:] != greedy_lora[1:]
 
 
 def test_lora_trains_the_adapter_alone(tmp_path: Path) -> None:
@@ -95,7 +117,7 @@ def test_lora_trains_the_adapter_alone(tmp_path: Path) -> None:
 def test_what_the_engine_cannot_honour_is_generated_by_trl_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, generation_kwargs: dict[str, Any], reason: str
 ) -> None:
-    """A parameter dropped in silence trains on samples of another law."""
+    """A parameter dropped in silence trains on samples of another distribution."""
     with caplog.at_level(logging.WARNING, logger="trl_selfspec.trainer.mixin"):
         log = train(make_trainer(tmp_path, generation_kwargs=generation_kwargs))
     assert [entry["selfspec/fallback"] for entry in log] == [1, 1]
@@ -183,7 +205,7 @@ def test_conversational_prompts_run(tmp_path: Path) -> None:
 
 
 def test_generate_ids_follows_the_trainers_generation_config(tmp_path: Path) -> None:
-    """A rollout_func that generates by another law than the trainer's own rollouts trains off-policy."""
+    """A rollout_func that samples from another distribution than the trainer's own rollouts trains off-policy."""
     model, tokenizer = make_model(), make_tokenizer()
     trainer = make_trainer(tmp_path, model=model, **GREEDY)
     prompt_ids = tokenizer(PROMPTS)["input_ids"]
@@ -220,11 +242,9 @@ def test_iterating_and_accumulating_generate_as_often_as_trl(tmp_path: Path) -> 
     assert rewards[0].completion_ids[0] == rewards[1].completion_ids[0]
 
 
-def test_the_seed_comes_from_the_global_generator(tmp_path: Path) -> None:
+def test_the_seed_comes_from_the_global_generator(tmp_path: Path, one_step: Run) -> None:
     """Another run with the same seed repeats; another seed does not."""
-    runs = []
-    for seed in (1, 1, 2):
-        reward = Recorder()
-        train(make_trainer(tmp_path, reward=reward, seed=seed, max_steps=1, **ALWAYS_SPECULATE))
-        runs.append(reward.completion_ids)
-    assert runs[0] == runs[1] != runs[2]
+    trainer, reward, _ = one_step
+    _, again, _ = recorded(tmp_path, max_steps=1, seed=trainer.args.seed, **ALWAYS_SPECULATE)
+    _, other, _ = recorded(tmp_path, max_steps=1, seed=trainer.args.seed + 1, **ALWAYS_SPECULATE)
+    assert again.completion_ids == reward.completion_ids != other.completion_ids

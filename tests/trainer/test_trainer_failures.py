@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 from transformers import TrainerCallback
-from trl_runs import ALWAYS_SPECULATE, Recorder, make_model, make_trainer, train
+from trl_runs import ALWAYS_SPECULATE, GREEDY, Recorder, make_model, make_trainer, train
 
 from trl_selfspec.engine import engine as engines
 from trl_selfspec.engine.engine import SelfSpecEngine
@@ -78,6 +79,14 @@ def test_a_rollout_that_fails_is_generated_by_trl(
     assert trainer._engine is None
 
 
+@pytest.fixture(scope="module")
+def greedy_plain_run(tmp_path_factory: pytest.TempPathFactory) -> list[list[list[int]]]:
+    """The completions of two greedy steps without speculation."""
+    reward = Recorder()
+    train(make_trainer(tmp_path_factory.mktemp("plain"), reward=reward, selfspec_num_speculative_tokens=0, **GREEDY))
+    return reward.completion_ids
+
+
 @pytest.mark.parametrize(
     "place",
     [
@@ -87,16 +96,18 @@ def test_a_rollout_that_fails_is_generated_by_trl(
     ],
 )
 def test_a_drafter_that_fails_leaves_plain_rounds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    greedy_plain_run: list[list[list[int]]],
+    place: str,
 ) -> None:
     """A layer that can't be quantized, or a router that reads its weights, ended the run."""
-    greedy: dict[str, Any] = {"generation_kwargs": {"do_sample": False}}
-    expected, reward = Recorder(), Recorder()
-    train(make_trainer(tmp_path, reward=expected, selfspec_num_speculative_tokens=0, **greedy))
+    reward = Recorder()
     monkeypatch.setattr(place, vanished)
     with caplog.at_level(logging.WARNING, logger="trl_selfspec.engine.rollout"):
-        log = train(make_trainer(tmp_path, reward=reward, **ALWAYS_SPECULATE, **greedy))
-    assert reward.completion_ids == expected.completion_ids
+        log = train(make_trainer(tmp_path, reward=reward, **ALWAYS_SPECULATE, **GREEDY))
+    assert reward.completion_ids == greedy_plain_run
     assert [entry["selfspec/fallback"] for entry in log] == [0, 0]
     assert [entry["selfspec/speculative_round_fraction"] for entry in log] == [0, 0]
     (warning,) = [record.getMessage() for record in caplog.records if record.name == "trl_selfspec.engine.rollout"]
@@ -151,6 +162,16 @@ def test_a_doubt_without_ground_changes_nothing(
     assert warnings() == []
 
 
+class AtBegin(TrainerCallback):
+    """Calls a function when training begins, after a checkpoint was loaded."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.action = action
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.action()
+
+
 class Ema(TrainerCallback):
     """Swaps averaged weights in for evaluation and out again, as EMA callbacks do: through `.data`."""
 
@@ -191,18 +212,51 @@ def test_a_prompt_that_fills_the_context_is_left_to_trl_for_that_generation(tmp_
     assert "a prompt of 130 tokens fills the model's context of 128 positions" in warning
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"engine": {}, "run": []}', '{"run": [1.0]}'])
-def test_a_state_file_that_can_not_be_read_costs_what_it_held(tmp_path: Path, warnings: Any, content: str) -> None:
-    """A truncated file, or one of another version, must not keep a run from going on."""
-    train(make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1))
-    path = tmp_path / "checkpoint-1" / STATE_FILE
-    json.loads(path.read_text())
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, str]:
+    """A trainer, the state file of its checkpoint after one step, and the file's content."""
+    folder = tmp_path_factory.mktemp("saved")
+    trainer = make_trainer(folder, max_steps=1, save_strategy="steps", save_steps=1, **ALWAYS_SPECULATE)
+    train(trainer)
+    path = folder / "checkpoint-1" / STATE_FILE
+    return trainer, path, path.read_text()
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"engine": {}, "run": []}', '{"run": [1.0]}', '{"engine": {}, "run": {"turns": 1}}']
+)
+def test_a_state_file_that_can_not_be_read_costs_what_it_held(
+    saved: tuple[Any, Path, str], warnings: Any, content: str
+) -> None:
+    """A truncated file must not keep a run from going on."""
+    trainer, path, _ = saved
     path.write_text(content)
-    log = train(make_trainer(tmp_path), resume_from_checkpoint=str(path.parent))
-    assert log[-1]["selfspec/fallback"] == 0
+    state, run = trainer._engine_sync.state_dict(), trainer._run
+    trainer._warned.clear()
+    trainer._load_optimizer_and_scheduler(str(path.parent))
+    assert (trainer._engine_sync.state_dict(), trainer._run) == (state, run)
     (warning,) = warnings()
     assert STATE_FILE in warning
     assert "measured afresh" in warning
+
+
+@pytest.mark.parametrize("content", ["{", None], ids=["damaged", "of an earlier version"])
+def test_a_run_resumes_from_any_state_file(
+    tmp_path: Path, saved: tuple[Any, Path, str], warnings: Any, content: str | None
+) -> None:
+    """Of an earlier version, whose counters were one list, what the engine had learned is kept."""
+    _, path, original = saved
+    engine_state = json.loads(original)["engine"]
+    path.write_text(content or json.dumps({"engine": engine_state, "run": [1.0] * 80}))
+    trainer = make_trainer(tmp_path, **ALWAYS_SPECULATE)
+    loaded: list[dict[str, Any]] = []
+    trainer.add_callback(AtBegin(lambda: loaded.append(copy.deepcopy(trainer._engine_sync.state_dict()))))
+    log = train(trainer, resume_from_checkpoint=str(path.parent))
+    assert log[-1]["selfspec/fallback"] == 0
+    assert loaded == [None if content else engine_state]
+    assert trainer._run.generations == 1  # of the second step
+    (warning,) = warnings()
+    assert ("measured afresh" if content else "earlier version") in warning
 
 
 def test_the_noise_of_neftune_stays_out_of_rollouts(tmp_path: Path) -> None:

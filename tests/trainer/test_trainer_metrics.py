@@ -13,6 +13,7 @@ from trl_runs import (
     ALWAYS_SPECULATE,
     FP32_LOGP_TOLERANCE,
     make_dataset,
+    make_model,
     make_trainer,
     train,
     weights,
@@ -47,11 +48,17 @@ LOGGED_IF_SPECULATING = [
 ]
 
 
-def test_a_run_changes_all_weights_and_logs_every_metric(tmp_path: Path) -> None:
-    """What the log lacks can't be judged: speed, acceptance and the distance between sampler and trainer."""
-    trainer = make_trainer(tmp_path, **ALWAYS_SPECULATE)
-    before = weights(trainer)
-    log = train(trainer)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[dict[str, float]]]:
+    """A trainer after two steps, and its log."""
+    trainer = make_trainer(tmp_path_factory.mktemp("run"), **ALWAYS_SPECULATE)
+    return trainer, train(trainer)
+
+
+def test_a_run_changes_all_weights_and_logs_every_metric(run: tuple[Any, list[dict[str, float]]]) -> None:
+    """Without them nobody can judge speed, acceptance and the distance between sampler and trainer."""
+    trainer, log = run
+    before = dict(make_model().named_parameters())
     for name, tensor in weights(trainer).items():
         assert not torch.equal(tensor, before[name]), name
     for entry in log:
@@ -79,16 +86,19 @@ def test_the_default_mixed_precision_runs(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
 
 
-def test_metrics_are_ratios_of_sums_over_the_logging_interval(tmp_path: Path) -> None:
+def test_metrics_are_ratios_of_sums_over_the_logging_interval(
+    tmp_path: Path, run: tuple[Any, list[dict[str, float]]]
+) -> None:
     """A mean of per-step ratios weighs a short rollout like a long one."""
-    each = train(make_trainer(tmp_path / "each", max_steps=2, seed=3, **ALWAYS_SPECULATE))
-    (both,) = train(make_trainer(tmp_path / "both", max_steps=2, seed=3, logging_steps=2, **ALWAYS_SPECULATE))
+    _, each = run
+    (both,) = train(make_trainer(tmp_path, logging_steps=2, **ALWAYS_SPECULATE))
     rates = [entry["selfspec/acceptance_rate"] for entry in each]
     assert min(rates) <= both["selfspec/acceptance_rate"] <= max(rates)
+    assert rates[0] != rates[1]
     assert both["selfspec/drafter_bytes"] == each[0]["selfspec/drafter_bytes"]
 
 
-def test_logp_difference_compares_the_trainers_law_not_the_processed_one(tmp_path: Path) -> None:
+def test_logp_difference_compares_the_trainers_distribution_not_the_processed_one(tmp_path: Path) -> None:
     """Under top-k the processed log-probabilities are larger than those TRL computes, which would look like drift."""
     for entry in train(make_trainer(tmp_path, top_k=5, temperature=0.7, **ALWAYS_SPECULATE)):
         assert entry["sampling/sampling_logp_difference/max"] < FP32_LOGP_TOLERANCE

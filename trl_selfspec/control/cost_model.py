@@ -58,7 +58,7 @@ class CostCurve:
         self._points = self._monotone()
 
     def _monotone(self) -> list[tuple[float, float]]:
-        """Estimates by n. More never costs less: what few measurements say is bounded by what many say of others."""
+        """Estimates by n. Seconds never fall with n: settled sizes bound those with few measurements."""
         points = sorted(self._estimates.items(), key=lambda item: item[1])
         settled = [point for key, point in points if self.is_settled(key)]
         bounded = []

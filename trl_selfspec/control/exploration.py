@@ -1,8 +1,7 @@
-"""The budget of exploring: what trials, requantizing and first uses of kernels may lose, over all rollouts.
+"""The budget of exploring: the seconds that trials, requantizing and first uses of kernels may lose in all rollouts.
 
 A trial round is charged for the seconds it takes beyond those of the best known choice for its tokens. Requantizing is
-a debt that speculation pays off within the rollout; what is left of it at the end is charged. Seconds of a rollout
-that are not charged bring no cost, however a round was chosen.
+a debt that speculation pays off within the rollout; the rest of it is charged at the end.
 """
 
 from collections import deque
@@ -49,7 +48,7 @@ class ExplorationBudget:
         self._expected_to_pay = False  # within the rollout, so that the budget did not have to cover it
 
     def _close_account(self) -> None:
-        """Charges what is left of the debt. After losses, the next drafter has to wait twice as long."""
+        """Charges the rest of the debt. After losses, the next drafter has to wait twice as long."""
         self.lost_s += max(self._debt_s, 0.0)
         if not (self._requantized_s and self._requantize_s):  # the first drafter had to be built, and began late
             return

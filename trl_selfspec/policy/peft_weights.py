@@ -28,7 +28,7 @@ def base_model(policy: nn.Module) -> PreTrainedModel:
 
 
 def find_module(base: nn.Module, path: str) -> nn.Module:
-    """The module of `base` at `path`, a path in the model without PEFT's wrappers; the module's own wrapper is kept."""
+    """The module of `base`, in its own wrapper, at a path of the model without PEFT's wrappers."""
     module = base
     for name in filter(None, path.split(".")):
         module = _active_copy(module) if isinstance(module, AuxiliaryTrainingWrapper) else module

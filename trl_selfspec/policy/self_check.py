@@ -25,7 +25,7 @@ from trl_selfspec.utils import failures_raised_as
 
 PROMPT_LENGTHS = (5, 11)
 STEPS, STEP_TOKENS = 3, 3
-STEP_SIZES = (1, 2, 3, 3, 3, 3)  # of the stock ways' cached steps, behind the shorter prompt
+STEP_SIZES = (1, 2, 3, 3, 3, 3)  # of the reference's cached steps, after the shorter prompt
 WINDOW = 7  # below the longer prompt: some architectures apply theirs in a mask, which the engine does not build
 # Sound policies stay below a quarter of the limit, faults begin at 5 times it (measured, docs/LOG.md 2026-11-30).
 LIMIT_IN_NOISES = 4.0

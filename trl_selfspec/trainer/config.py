@@ -28,7 +28,7 @@ def _option(name: str) -> Any:
 
 
 def _from_text(value: Any) -> Any:
-    """Turns what a command line gives for an integer or a boolean into one; every other value is left as it is."""
+    """Parses an integer or a boolean from the text of a command line; returns every other value unchanged."""
     if not isinstance(value, str):
         return value
     text = value.strip().lower()

@@ -51,7 +51,7 @@ def policy_reason(policy: nn.Module, generation_config: GenerationConfig) -> str
 
 
 def input_reason(policy: nn.Module, images: Any, fields: Iterable[str]) -> str | None:
-    """`fields` are what a processor returned beside token ids and images."""
+    """`fields` are the names that a processor returned besides token ids and images."""
     # Some text tokenizers return token type ids; they count only if the model takes them.
     accepted = inspect.signature(type(base_model(policy)).forward).parameters
     names = [name for name in fields if name != "token_type_ids" or name in accepted]
