@@ -202,7 +202,7 @@ def ended(folder: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def bf16_law(folder: Path) -> dict[str, Any]:
+def bf16_logits(folder: Path) -> dict[str, Any]:
     """Largest distance of the replica's logits from the sharded policy's, with and without FSDP's cast."""
     AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
@@ -248,7 +248,7 @@ SUITES = {
         with_lora,
         without_refresh,
         unsupported_on_one_rank,
-        bf16_law,
+        bf16_logits,
     ],
     "zero2": [stopped_and_resumed, with_lora],
     "zero3": [stopped_and_resumed, with_evaluation, with_lora, without_refresh],

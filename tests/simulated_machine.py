@@ -161,14 +161,14 @@ def always(gamma: int) -> Chooser:
 
 
 def seconds_over_rollouts(regime: tuple, controller: Controller, seeds: Sequence[int]) -> float:
-    *law, rows = regime
-    return sum(Machine(*law, seed=s).rollout(lengths(rows, s), controller.choose, controller) for s in seeds)
+    *functions, rows = regime
+    return sum(Machine(*functions, seed=s).rollout(lengths(rows, s), controller.choose, controller) for s in seeds)
 
 
 def seconds_of(regime: tuple, choose: Chooser | None, seeds: Sequence[int]) -> float:
     """Of a fixed rule; None: of the best draft length at each batch size."""
-    *law, rows = regime
-    machines = [Machine(*law, seed=s) for s in seeds]
+    *functions, rows = regime
+    machines = [Machine(*functions, seed=s) for s in seeds]
     return sum(m.rollout(lengths(rows, s), choose or m.best) for m, s in zip(machines, seeds, strict=True))
 
 

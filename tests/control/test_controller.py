@@ -93,8 +93,8 @@ def test_a_loss_would_be_seen(name: str) -> None:
 @pytest.mark.parametrize("name", LOSING)
 def test_exploring_stays_within_its_budget_at_every_moment(name: str) -> None:
     """2 % of the seconds so far, beyond the rounds before there was a budget (two, and the one that overshoots)."""
-    *law, rows = LOSING[name]
-    machine, controller = Machine(*law, noise=0.0), Controller()
+    *functions, rows = LOSING[name]
+    machine, controller = Machine(*functions, noise=0.0), Controller()
     plain_s, tokens = machine.target(rows, 1), 0.0
     allowance = 3 * (machine.draft(rows) + machine.target(rows, 2))
     for _ in range(3000):
@@ -147,10 +147,10 @@ def test_the_next_rollout_does_not_start_from_the_last_rows_acceptance() -> None
 @pytest.mark.parametrize("regime", [WINNING["memory-bound"], WINNING["dear draft"], LOSING["draft as dear as plain"]])
 def test_outliers_do_not_move_it(regime: tuple) -> None:
     """One round in fifty takes ten times as long, as on a shared machine: costs 3 % at most, over eight rollouts."""
-    *law, rows = regime
+    *functions, rows = regime
     spent = []
     for outliers in (0.0, 0.02):
-        runs = [(Controller(), Machine(*law, outliers=outliers, seed=seed)) for seed in range(4)]
+        runs = [(Controller(), Machine(*functions, outliers=outliers, seed=seed)) for seed in range(4)]
         spent.append(sum(m.rollout(lengths(rows, m.seed + s), c.choose, c) for c, m in runs for s in range(2)))
     assert spent[1] < 1.03 * spent[0]
 
@@ -261,10 +261,10 @@ def test_disabling_lasts_until_the_next_rollout(bound: int | None) -> None:
 @pytest.mark.parametrize(("requantize_s", "drafts"), [(0.0, True), (3e2, True), (5e3, False)])
 def test_a_gain_too_small_to_pay_for_requantizing_is_left(requantize_s: float, drafts: bool) -> None:
     """Rollouts of about 3 s (in ms) that speculation halves, behind a requantizing of nothing, 0.3 s or 5 s."""
-    *law, rows = WINNING["memory-bound"]
+    *functions, rows = WINNING["memory-bound"]
     controller = Controller()
     for seed in range(4):
-        machine, first = Machine(*law, seed=seed), True
+        machine, first = Machine(*functions, seed=seed), True
         controller.begin_rollout()
         for _ in range(200):
             gamma = controller.choose(rows)
@@ -278,9 +278,9 @@ def test_a_gain_too_small_to_pay_for_requantizing_is_left(requantize_s: float, d
 @pytest.mark.parametrize("name", ["memory-bound", "draft as dear as plain"])
 def test_state_goes_through_json(name: str) -> None:
     """What is saved is what was loaded."""
-    *law, rows = (WINNING | LOSING)[name]
+    *functions, rows = (WINNING | LOSING)[name]
     controller, loaded = Controller(), Controller()
-    Machine(*law).rounds(rows, controller, 300)
+    Machine(*functions).rounds(rows, controller, 300)
     state = controller.state_dict()
     loaded.load_state_dict(json.loads(json.dumps(state)))
     assert loaded.state_dict() == state
@@ -294,11 +294,11 @@ def test_state_goes_through_json(name: str) -> None:
 @pytest.mark.parametrize(("name", "drafts"), [("memory-bound", True), ("draft five times as dear", False)])
 def test_a_resumed_run_does_not_learn_again(name: str, drafts: bool) -> None:
     """It goes on where it was; a fresh controller (negative control) first measures."""
-    *law, rows = (WINNING | LOSING)[name]
+    *functions, rows = (WINNING | LOSING)[name]
     controller, resumed = Controller(), Controller()
-    Machine(*law).rounds(rows, controller, 300)
+    Machine(*functions).rounds(rows, controller, 300)
     resumed.load_state_dict(controller.state_dict())
-    choices = {c: Machine(*law, seed=1).rounds(rows, c, 50) for c in (resumed, Controller())}
+    choices = {c: Machine(*functions, seed=1).rounds(rows, c, 50) for c in (resumed, Controller())}
     as_learned = [sum(bool(gamma) is drafts for gamma in chosen) for chosen in choices.values()]
     assert as_learned[0] >= (47 if drafts else 50) > as_learned[1]
 
@@ -340,9 +340,9 @@ def test_state_of_another_machine_is_unlearned() -> None:
 )
 def test_a_bad_state_is_refused_and_changes_nothing(key: str, value: object) -> None:
     """A damaged checkpoint must not become a cost of NaN that no measurement can beat."""
-    *law, rows = WINNING["memory-bound"]
+    *functions, rows = WINNING["memory-bound"]
     controller = Controller()
-    Machine(*law).rounds(rows, controller, 50)
+    Machine(*functions).rounds(rows, controller, 50)
     before = controller.state_dict()
     with pytest.raises(ValueError, match="controller state"):
         controller.load_state_dict({**before, key: value})

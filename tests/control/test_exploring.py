@@ -58,8 +58,8 @@ def run(
     **machine: object,
 ) -> tuple[float, MachineOfOldPrices, Controller]:
     """Seconds as a share of those that plain rounds take at the same moments, the first rollouts left out."""
-    *law, _ = regime
-    simulated = MachineOfOldPrices(*law, requantize=requantize, build=build, **machine)
+    *functions, _ = regime
+    simulated = MachineOfOldPrices(*functions, requantize=requantize, build=build, **machine)
     controller = Controller()
     controller.expect_requantizing(ESTIMATE * requantize)
     before = 0.0, 0.0
@@ -95,8 +95,8 @@ def test_requantizing_off_the_account_would_be_seen(monkeypatch: pytest.MonkeyPa
 
 def test_a_drafter_that_does_not_pay_is_tried_at_growing_intervals() -> None:
     """The seconds between two requantizations at least double, up to noise in when a rollout begins."""
-    *law, _ = SHORT_ROLLOUTS
-    machine, controller = Machine(*law, requantize=REQUANTIZE, build=BUILD), Controller()
+    *functions, _ = SHORT_ROLLOUTS
+    machine, controller = Machine(*functions, requantize=REQUANTIZE, build=BUILD), Controller()
     controller.expect_requantizing(ESTIMATE * REQUANTIZE)
     tried = []
     for rollout in range(180):
@@ -113,11 +113,11 @@ def test_a_drafter_that_does_not_pay_is_tried_at_growing_intervals() -> None:
 def test_what_pays_is_found_within_the_first_rollouts(seed: int) -> None:
     """Rollouts 1.5 times as fast are worth requantizing: within 5 % of someone who knows, after the first three."""
     longest, skip, rollouts, requantize = 200, 3, 15, 200.0
-    *law, _rows = PAYING_ROLLOUTS
+    *functions, _rows = PAYING_ROLLOUTS
     found, machine, _ = run(
         PAYING_ROLLOUTS, rollouts, lambda s: short_lengths(s, longest=longest), skip, requantize, 300.0, seed=seed
     )
-    oracle = Machine(*law, seed=seed)
+    oracle = Machine(*functions, seed=seed)
     best = plain = 0.0
     for rollout in range(skip, rollouts):
         before = oracle.plain_seconds

@@ -157,15 +157,15 @@ def test_evaluation_between_steps_with_groups_on_two_ranks(outcome: Any, suite: 
 
 
 def test_lora_merges_into_gathered_weights(outcome: Any) -> None:
-    """The adapter is sharded like its base: half a delta, or a delta on half a weight, is another law."""
+    """The adapter is sharded like its base: half a delta, or a delta on half a weight, gives another distribution."""
     first, second = outcome("fsdp")["with_lora"]
     assert_sampled_from_the_policy(first["log"])
     assert first["weights"] == second["weights"]
 
 
-def test_fsdps_mixed_precision_is_the_replicas_law(outcome: Any) -> None:
+def test_fsdps_mixed_precision_is_the_replicas(outcome: Any) -> None:
     """FSDP casts norms and embeddings too; without that cast, the negative control, logits are visibly others."""
-    for rank in outcome("fsdp")["bf16_law"]:
+    for rank in outcome("fsdp")["bf16_logits"]:
         assert rank["cast"] == 0
         assert rank["uncast"] > 0.01
 

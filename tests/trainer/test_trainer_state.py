@@ -1,4 +1,4 @@
-"""What a rollout leaves alone, what the engine follows, and what outlives a run: checkpoint and model card."""
+"""A rollout leaves the policy unchanged, the engine is synced with it; checkpoint and model card outlive a run."""
 
 import json
 import logging
@@ -84,7 +84,7 @@ def test_the_state_comparison_sees_what_trls_own_path_leaves_behind(tmp_path: Pa
 def test_the_drafter_follows_every_nth_step_and_the_target_every_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interval: int, draft: list[bool]
 ) -> None:
-    """A stale target samples another law; requantizing more often than asked costs the time the user saved."""
+    """A stale target samples from another distribution; requantizing too often costs the time the user saved."""
     calls: list[bool] = []
     original = SelfSpecEngine.refresh
     monkeypatch.setattr(
