@@ -319,7 +319,7 @@ def _refuse_other_state(base: PreTrainedModel) -> None:
     config = base.config.get_text_config(decoder=True)
     try:
         layers = DynamicCache(config=config).layers
-    except (KeyError, AttributeError, ValueError):  # types or fields that transformers' cache does not know: self_check
+    except (KeyError, AttributeError, ValueError):  # unknown to transformers' cache: the self-check decides
         layers = []
     names = [type(layer).__name__ for layer in layers]
     types = getattr(config, "layer_types", None) or [f"number {index}" for index in range(len(names))]
