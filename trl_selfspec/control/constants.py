@@ -29,7 +29,6 @@ WINDOW = 9  # measurements per bucket: their median ignores 4 outliers and shows
 SETTLED = 4  # measurements of which the lower median outvotes two bad ones
 REACH = 2.0  # a draft step's cost is known within this factor of a measured batch
 REACH_VERIFY = 1.34  # a verification's within this factor above the longest measured at this batch (γ=2 -> 3, 5 -> 7)
-PEER_SHARE = 0.7  # a verification takes at least this share of one with as many tokens over other rows
 
 # The machine's pace: seconds now per second of the curves.
 PACES = 5  # plain rounds whose median is the pace

@@ -12,7 +12,6 @@ from trl_selfspec.control.constants import (
     ODD,
     PACE_AGE,
     PACES,
-    PEER_SHARE,
     REACH,
     REACH_VERIFY,
     SETTLED,
@@ -178,8 +177,6 @@ class RoundCosts:
             known = near and n <= REACH_VERIFY * verify.largest
             if not known:
                 least_verify_s = max(plain, verify.above(anchor, min(n, longest)))
-                if n <= self.verify.largest:
-                    least_verify_s = max(least_verify_s, PEER_SHARE * self.verify.above(anchor, n))
                 least_s = self.pace * (gamma * self.draft.floor(rows) + least_verify_s)
             costs.append(RoundCost(gamma, seconds, least_s, known))
         return costs
