@@ -106,7 +106,7 @@ class AcceptanceProbe(TrainerCallback):
             if step:
                 engine.refresh(draft=kind == "refreshed")
             stats = engine.generate(prompts, self.generation_config, seed=step).stats
-            engine.end_conversation()
+            engine.release()
             examined = sum(stats.examined_per_position)
             point[f"{qtype} {kind}"] = {"alpha": stats.alpha, "examined": examined}
         self.points.append(point)

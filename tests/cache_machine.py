@@ -7,7 +7,7 @@ from hypothesis import Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from trl_selfspec.kv_cache.paged_cache import TRASH_PAGE, PagedCache
+from trl_selfspec.kv_cache.paged_cache import NULL_PAGE, PagedCache
 
 
 ROWS, CAPACITY, LAYERS, HEADS, HEAD_DIM = 4, 13, 2, 2, 3
@@ -50,9 +50,9 @@ class CacheMachine(RuleBasedStateMachine):
 
     def update(self, values: Tensor) -> None:
         states = values[:, None, :, None].expand(-1, HEADS, -1, HEAD_DIM)
-        for index, layer in enumerate(self.cache.layers):
-            keys, _ = layer.update(states + 10_000 * index, -states - 10_000 * index)
-            assert keys.shape == states.shape
+        for index in range(LAYERS):
+            keys, values = states + 10_000 * index, -states - 10_000 * index
+            self.cache.layer_of(index, keys, values).write(keys, values)
 
     def rows_where(self, empty: bool) -> list[int]:
         return [row for row in range(ROWS) if (self.model[row] is None) is empty]
@@ -152,7 +152,7 @@ class CacheMachine(RuleBasedStateMachine):
         if cache.dense:
             return
         owned = [page for pages in cache._pages for page in pages]
-        assert sorted([TRASH_PAGE, *set(owned), *cache._free]) == list(range(cache.num_pages))
+        assert sorted([NULL_PAGE, *set(owned), *cache._free]) == list(range(cache.num_pages))
         assert all(cache._owners[page] == owned.count(page) for page in set(owned))
 
 

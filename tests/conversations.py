@@ -6,7 +6,9 @@ import pytest
 from tiny_models import ragged_prompts, spoil
 from transformers import GenerationConfig, PreTrainedModel
 
+from trl_selfspec.control.controller import Controller
 from trl_selfspec.control.stats import RolloutStats
+from trl_selfspec.engine.cuda_graphs import Capture
 from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
 
@@ -18,9 +20,15 @@ SAMPLED = GenerationConfig(max_new_tokens=14, do_sample=True, top_k=0, temperatu
 PAGES = pytest.mark.parametrize("page_size", [None, 4], ids=["dense", "pages"])
 
 
-def make_engine(model: PreTrainedModel, gamma: int = 3, **values: Any) -> SelfSpecEngine:
+def make_engine(
+    model: PreTrainedModel,
+    gamma: int = 3,
+    controller: Controller | None = None,
+    capture: Capture | None = None,
+    **values: Any,
+) -> SelfSpecEngine:
     defaults = {"draft_qtype": "qint4", "num_speculative_tokens": gamma, "max_active_sequences": 64}
-    engine = SelfSpecEngine(model, SelfSpecOptions(**defaults | values))
+    engine = SelfSpecEngine(model, SelfSpecOptions(**defaults | values), controller=controller, capture=capture)
     spoil(engine, noise=0.1)
     return engine
 

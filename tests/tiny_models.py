@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from trl_selfspec.control.controller import Controller
 from trl_selfspec.drafter.drafter import make_drafter, quantized_layers
 from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
@@ -108,11 +109,12 @@ def force_page_size(monkeypatch: pytest.MonkeyPatch, page_size: int | None) -> N
     monkeypatch.setattr("trl_selfspec.engine.kv_budget.page_size", lambda device: page_size)
 
 
-class Schedule:
+class Schedule(Controller):
     """A controller that plays a fixed list of draft lengths over and over."""
 
     def __init__(self, *draft_lengths: int) -> None:
         self.draft_lengths, self.rounds = draft_lengths, 0
+        super().__init__(num_speculative_tokens=0)  # measures nothing
 
     def begin_rollout(self, drafter_is_current: bool = False) -> None:
         self.rounds, self.disabled = 0, False
@@ -129,10 +131,10 @@ class Schedule:
     def usual_plain_seconds(self, rows: int) -> None:
         return None
 
-    def pass_over(self, rows: int, gamma: int, seconds: float) -> None: ...
+    def pass_over(self, rows: int = 0, gamma: int = 0, seconds: float = 0.0) -> None: ...
 
     def observe_plain(self, *measurement: Any) -> None: ...
 
     def observe_speculative(self, *measurement: Any) -> None: ...
 
-    def observe_requantize(self, seconds: float, typical: bool) -> None: ...
+    def observe_requantize(self, seconds: float, typical: bool = True) -> None: ...

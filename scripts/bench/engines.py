@@ -172,7 +172,7 @@ class OwnEngine:
     def rollout(self, workload: Workload, seed: int) -> list[list[int]]:
         config = _generation_config(max(workload.lengths))
         output = self.engine.generate(workload.prompt_ids, config, seed=seed, max_new_tokens=workload.lengths)
-        self.engine.end_conversation()
+        self.engine.release()
         self.stats += output.stats
         return output.completion_ids
 

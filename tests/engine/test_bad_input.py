@@ -158,7 +158,7 @@ def test_a_drafter_of_nan_leaves_the_rollout_to_the_target(
 ) -> None:
     """Prevents a quantizer's overflow from ending a training run, or from being silent."""
     engine = make_engine(model, verification=verification)
-    engine.controller = Schedule(0, 0, 3)  # type: ignore[assignment]
+    engine.controller = Schedule(0, 0, 3)
     spoil(engine, noise=value)
     output = engine.generate(PROMPTS, CONFIG, seed=0)
     assert output.stats.draft_nan_rounds == 1
@@ -223,7 +223,7 @@ def test_the_policy_is_left_as_it_was(model: PreTrainedModel, fails: bool) -> No
     if fails:
         with pytest.raises(Interruption):
             engine.generate(PROMPTS, CONFIG, seed=0, on_round=interrupt)
-        assert engine._kept is None, "the memory of a failed rollout is given back"
+        assert engine.prefix_cache is None, "the memory of a failed rollout is given back"
     else:
         engine.generate(PROMPTS, CONFIG, seed=0)
     assert state_of(model) == before

@@ -47,8 +47,7 @@ def sample(
     **parameters: Any,
 ) -> RolloutOutput:
     options = SelfSpecOptions(draft_qtype="qint4", verification="coupled", max_batch_size=max_batch_size)
-    engine = SelfSpecEngine(model, options)
-    engine.controller = Schedule(*draft_lengths)  # type: ignore[assignment]
+    engine = SelfSpecEngine(model, options, controller=Schedule(*draft_lengths))
     spoil(engine, noise=0.1)
     values = {"max_new_tokens": 24, "do_sample": True, "top_k": 0, "eos_token_id": [20, 21, 22, 23]}
     return engine.generate(prompts, GenerationConfig(**values | parameters), seed=SEED)

@@ -11,10 +11,10 @@ from tiny_models import Schedule, force_page_size, ragged_prompts, scale_weights
 from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec import SelfSpecEngine, SelfSpecOptions
-from trl_selfspec.engine.cuda_graphs import MAX_LAWS, CaptureError, GraphPool, Program
+from trl_selfspec.engine.cuda_graphs import MAX_PROCESSORS, CaptureError, GraphPool, Program
 from trl_selfspec.engine.engine import RolloutOutput
 from trl_selfspec.kernels.cpu import build
-from trl_selfspec.kv_cache.paged_cache import TRASH_PAGE, PagedCache
+from trl_selfspec.kv_cache.paged_cache import NULL_PAGE, PagedCache
 
 
 GREEDY = {"do_sample": False}
@@ -39,9 +39,8 @@ def model() -> PreTrainedModel:
 def make_engine(
     model: PreTrainedModel, capture: Callable | None, schedule: tuple[int, ...] = (3, 0, 1, 3), **options: Any
 ) -> SelfSpecEngine:
-    engine = SelfSpecEngine(model, SelfSpecOptions(draft_qtype="qint8", num_speculative_tokens=3, **options))
-    engine.controller = Schedule(*schedule)  # type: ignore[assignment]
-    engine._graphs = GraphPool(capture)
+    options = {"draft_qtype": "qint8", "num_speculative_tokens": 3, **options}
+    engine = SelfSpecEngine(model, SelfSpecOptions(**options), controller=Schedule(*schedule), capture=capture)
     spoil(engine, noise=0.5)
     return engine
 
@@ -71,7 +70,7 @@ def test_captured_rounds_equal_eager_ones(
         prompts = PROMPTS[: 5 - seed]
         expected, actual = (generate(engine, law, seed, prompts=prompts) for engine in (eager, captured))
         assert same(actual, expected)
-    assert len(captured._graphs) >= 6, "few rounds were replayed"
+    assert len(captured.graphs) >= 6, "few rounds were replayed"
 
 
 def test_graphs_survive_optimizer_steps(model: PreTrainedModel):
@@ -81,11 +80,11 @@ def test_graphs_survive_optimizer_steps(model: PreTrainedModel):
     for step in range(3):
         outputs.append(generate(captured, SAMPLING))
         assert same(outputs[-1], generate(eager, SAMPLING))
-        num_graphs = len(captured._graphs)
+        num_graphs = len(captured.graphs)
         scale_weights(model, seed=step + 1)
         for engine in (eager, captured):
             engine.refresh()
-    assert num_graphs == len(captured._graphs) > 0
+    assert num_graphs == len(captured.graphs) > 0
     assert outputs[0].completion_ids != outputs[1].completion_ids
 
 
@@ -97,7 +96,7 @@ def test_weights_that_move_are_followed(model: PreTrainedModel):
         parameter.data = parameter.data.clone().mul_(1.1)
     for engine in (eager, captured):
         engine.refresh()
-    assert len(captured._graphs) == 0
+    assert len(captured.graphs) == 0
     assert same(generate(captured, GREEDY), generate(eager, GREEDY))
 
 
@@ -133,7 +132,7 @@ def next_turn(first: RolloutOutput, num_rows: int) -> list[list[int]]:
     return [[*a, *b, 11] for a, b in zip(PROMPTS, first.completion_ids, strict=True)][:num_rows]
 
 
-def test_idle_lanes_leave_kept_keys_alone(model: PreTrainedModel):
+def test_padding_rows_leave_cached_keys_alone(model: PreTrainedModel):
     """A graph for four rows runs while two are active: the others' keys are those of a conversation that goes on."""
     eager, captured = make_engine(model, None), make_engine(model, record)
     first = generate(captured, SAMPLING, keep=True)
@@ -144,16 +143,16 @@ def test_idle_lanes_leave_kept_keys_alone(model: PreTrainedModel):
         assert actual.stats.reused_prompt_tokens > 0
 
 
-@pytest.mark.parametrize("parked", [True, False])
-def test_parked_rows_write_to_no_page_of_theirs(parked: bool):
-    """What they keep may belong to a conversation that goes on; lanes of a graph would overwrite it."""
+@pytest.mark.parametrize("inactive", [True, False])
+def test_inactive_rows_write_to_no_page_of_theirs(inactive: bool):
+    """What they keep may belong to a conversation that goes on; padding rows of a graph would overwrite it."""
     cache = PagedCache(1, max_rows=4, row_capacity=8, page_size=4)
     for row in range(4):
         cache.reserve(row, 8)
-    if parked:
-        cache.park(2)
+    if inactive:
+        cache.deactivate(2)
     cache.begin(torch.zeros(4, 1, dtype=torch.int64), num_slots=8)
-    assert (cache.write_index // 4 == TRASH_PAGE).tolist() == [False, False, parked, parked]
+    assert (cache.write_index // 4 == NULL_PAGE).tolist() == [False, False, inactive, inactive]
 
 
 def test_laws_have_graphs_of_their_own_and_equal_ones_share(model: PreTrainedModel):
@@ -163,7 +162,7 @@ def test_laws_have_graphs_of_their_own_and_equal_ones_share(model: PreTrainedMod
     for temperature in (1.0, 1.0, 0.4, 0.4, 1.0, 0.4):
         law = SAMPLING | {"temperature": temperature}
         assert same(generate(captured, law), generate(eager, law))
-        counts.append(len(captured._graphs))
+        counts.append(len(captured.graphs))
     assert 0 < counts[1] < counts[3] == counts[4] == counts[5]
 
 
@@ -171,10 +170,10 @@ def test_many_laws_do_not_pile_up(model: PreTrainedModel):
     """A sweep over temperatures would end with no memory left; what goes has to go all at once, with its pool."""
     captured = make_engine(model, record)
     counts = []
-    for i in range(MAX_LAWS + 1):
+    for i in range(MAX_PROCESSORS + 1):
         for _ in range(2):
             generate(captured, SAMPLING | {"temperature": 0.5 + 0.1 * i}, prompts=PROMPTS[:2])
-        counts.append(len(captured._graphs))
+        counts.append(len(captured.graphs))
     assert counts[:-1] == sorted(counts[:-1]) and 0 < counts[-1] < counts[-2] / 2, "the fifth law begins anew"
 
 
@@ -186,10 +185,10 @@ def test_laws_that_need_the_host_run_eagerly(model: PreTrainedModel, law: dict[s
     """A processor that reads token ids on the host can't be captured; it must not be frozen either."""
     eager, captured = make_engine(model, None), make_engine(model, record)
     assert same(generate(captured, SAMPLING | law), generate(eager, SAMPLING | law))
-    assert len(captured._graphs) == 0
-    captured._graphs = GraphPool(record, required=True)
+    assert len(captured.graphs) == 0
+    required = make_engine(model, record, cuda_graphs=True)
     with pytest.raises(CaptureError, match="sampling parameters need the host"):
-        generate(captured, SAMPLING | law)
+        generate(required, SAMPLING | law)
 
 
 def fails(function: Callable) -> Callable:
@@ -206,12 +205,12 @@ def test_a_round_that_cannot_be_captured_runs_eagerly_after_one_warning(
         outputs = [generate(captured, SAMPLING, seed) for seed in range(2)]
     assert all(same(output, generate(eager, SAMPLING, seed)) for seed, output in enumerate(outputs))
     assert sum("without CUDA graphs" in message for message in caplog.messages) == 1
-    captured._graphs = GraphPool(fails, required=True)
+    required = make_engine(model, fails, cuda_graphs=True)
     with pytest.raises(CaptureError, match='cuda_graphs="auto"'):
-        generate(captured, SAMPLING)
+        generate(required, SAMPLING)
 
 
-def test_a_replay_and_only_a_replay_counts_as_typical(model: PreTrainedModel):
+def test_a_replay_and_only_a_replay_is_steady_state(model: PreTrainedModel):
     """Seconds of a round that compiled or captured would teach the gate costs that no later round has."""
     pool, calls = GraphPool(record), []
     pool.begin_rollout(logits_processor=_law(model), max_rows=8, row_capacity=64)
@@ -221,12 +220,12 @@ def test_a_replay_and_only_a_replay_counts_as_typical(model: PreTrainedModel):
         calls.append(program)
         return x[: program.num_rows].add_(1).clone()
 
-    typical = []
+    steady = []
     for _ in range(4):
         pool.begin_round()
         pool.run(Program("plain", 3, 9), add)
-        typical.append(pool.typical)
-    assert typical == [False, False, True, True]
+        steady.append(pool.steady_state)
+    assert steady == [False, False, True, True]
     assert calls == [Program("plain", 4, 64)] * 2, "once eagerly, once captured"
     assert x.tolist() == [4.0] * 4 + [0.0] * 4, "capturing itself does nothing"
 
@@ -254,14 +253,13 @@ def interrupt(*args: object) -> torch.Tensor:
 @pytest.mark.parametrize("law", [{"bad_words_ids": [[5], [9]]}, {"sequence_bias": [[[4], 1.0]]}], ids=str)
 def test_a_processor_prepared_in_one_rollout_is_captured_in_the_next(model: PreTrainedModel, law: dict[str, Any]):
     """Each rollout builds its law, and some laws prepare biases on the host in their first round: not in a capture."""
-    eager, captured = make_engine(model, None), make_engine(model, None)
-    captured._graphs = GraphPool(record, required=True)
+    eager, captured = make_engine(model, None), make_engine(model, record, cuda_graphs=True)
     for seed in range(3):  # of one round each
         prompts = PROMPTS[:2]
         config = GenerationConfig(max_new_tokens=1, pad_token_id=0, **SAMPLING, **law)
         expected, actual = (engine.generate(prompts, config, seed=seed) for engine in (eager, captured))
         assert same(actual, expected)
-    assert len(captured._graphs) > 0
+    assert len(captured.graphs) > 0
 
 
 def _law(model: PreTrainedModel):

@@ -202,7 +202,7 @@ def test_greedy_draws_nothing_from_torchs_generator(llama: PreTrainedModel, spec
 def test_no_key_value_memory_is_kept(llama: PreTrainedModel, speculative: SelfSpecGenerate) -> None:
     """In a trainer the backward pass follows and needs the room."""
     llama.generate(**left_padded(PROMPTS), max_new_tokens=4, pad_token_id=PAD, custom_generate=speculative)
-    assert speculative.engine._kept is None
+    assert speculative.engine.prefix_cache is None
 
 
 def test_changed_weights_are_followed() -> None:

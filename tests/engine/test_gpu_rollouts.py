@@ -29,8 +29,9 @@ def make_model(dtype: torch.dtype) -> PreTrainedModel:
 
 
 def make_engine(model: PreTrainedModel, schedule: tuple[int, ...] = (4,), **options: Any) -> SelfSpecEngine:
-    engine = SelfSpecEngine(model, SelfSpecOptions(num_speculative_tokens=4, **options))
-    engine.controller = Schedule(*schedule)  # type: ignore[assignment]
+    engine = SelfSpecEngine(
+        model, SelfSpecOptions(num_speculative_tokens=4, **options), controller=Schedule(*schedule)
+    )
     return engine
 
 
@@ -52,7 +53,7 @@ def test_captured_rounds_equal_eager_ones(law: dict[str, Any], verification: str
             spoil(engine, noise=0.3)
         assert generate(captured, law, step).completion_ids == generate(eager, law, step).completion_ids
         scale_weights_in_place(model, step)
-    assert DEVICE == "cpu" or len(captured._graphs) > 5
+    assert DEVICE == "cpu" or len(captured.graphs) > 5
 
 
 def scale_weights_in_place(model: PreTrainedModel, seed: int) -> None:
@@ -125,10 +126,10 @@ def test_two_hundred_rollouts_take_no_more_memory_than_a_few():
 
     for seed in range(10):
         generate(engine, SAMPLING, seed % 5, length=24)
-    before, graphs = held(), len(engine._graphs)
+    before, graphs = held(), len(engine.graphs)
     for seed in range(200):
         generate(engine, SAMPLING, seed % 5, length=24)
-    assert held() <= before and len(engine._graphs) == graphs
+    assert held() <= before and len(engine.graphs) == graphs
 
 
 def test_the_key_value_memory_is_free_between_rollouts():
@@ -136,7 +137,7 @@ def test_the_key_value_memory_is_free_between_rollouts():
     model = make_model(torch.bfloat16)
     engine = make_engine(model)
     first = generate(engine, SAMPLING)
-    assert engine._kept is not None and engine._kept.cache.nbytes == 0 and first.stats.kv_bytes > 0
+    assert engine.prefix_cache is not None and engine.prefix_cache.cache.nbytes == 0 and first.stats.kv_bytes > 0
     filler = torch.full((first.stats.kv_bytes // 4,), float("nan"), device=DEVICE)  # takes the place that was freed
     again = [generate(engine, SAMPLING) for _ in range(2)]
     del filler

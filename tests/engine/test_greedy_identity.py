@@ -166,7 +166,7 @@ def test_rows_may_wait_move_and_take_over_from_others(
     engine = SelfSpecEngine(model, options(3, max_batch_size=max_batch_size))
     for _ in range(2):  # the second time on used pages
         assert engine.generate(prompts, config).completion_ids == expected
-    assert engine._kept.cache.dense is (page_size is None)
+    assert engine.prefix_cache.cache.dense is (page_size is None)
 
 
 @pytest.mark.parametrize("page_size", [None, 4], ids=["dense", "pages"])
@@ -198,8 +198,7 @@ def test_equal_prompts_are_prefilled_once(
 def test_the_draft_length_may_change_from_round_to_round(llama: PreTrainedModel) -> None:
     """Prevents a plain round from trusting keys that the drafter wrote."""
     expected = generate_with_transformers(llama, PROMPTS, greedy_config())
-    engine = SelfSpecEngine(llama, options(7))
-    engine.controller = Schedule(7, 0, 1, 0, 0, 3)  # type: ignore[assignment]
+    engine = SelfSpecEngine(llama, options(7), controller=Schedule(7, 0, 1, 0, 0, 3))
     assert engine.generate(PROMPTS, greedy_config()).completion_ids == expected
 
 

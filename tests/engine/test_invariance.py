@@ -176,7 +176,7 @@ def test_nothing_follows_the_end_token(model: PreTrainedModel, gamma: int) -> No
 def test_counters_add_up(model: PreTrainedModel) -> None:
     """Prevents acceptance rates of drafts that were never made, or counted twice."""
     engine = make_engine(model, max_batch_size=5)
-    engine.controller = Schedule(3, 0)  # type: ignore[assignment]
+    engine.controller = Schedule(3, 0)
     progress: list[Any] = []
     output = engine.generate(PROMPTS, sampling_config(), seed=1, on_round=progress.append)
     stats = output.stats

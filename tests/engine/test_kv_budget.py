@@ -14,7 +14,6 @@ from transformers import GenerationConfig, PreTrainedModel
 from trl_selfspec.engine import engine as engine_module
 from trl_selfspec.engine import kv_budget as memory
 from trl_selfspec.engine.batch_state import BatchState
-from trl_selfspec.engine.cuda_graphs import GraphPool
 from trl_selfspec.engine.engine import RolloutOutput, SelfSpecEngine
 from trl_selfspec.engine.request import Request
 from trl_selfspec.engine.rollout import Rollout, Span
@@ -53,7 +52,7 @@ def give_pages(monkeypatch: pytest.MonkeyPatch, engine: SelfSpecEngine, num_page
     total = 2 * num_pages * PAGE * engine._memory.token_bytes
 
     def free_bytes(device: torch.device) -> int:
-        return total - (0 if engine._kept is None else engine._kept.cache.nbytes)
+        return total - (0 if engine.prefix_cache is None else engine.prefix_cache.cache.nbytes)
 
     monkeypatch.setattr(memory, "free_bytes", free_bytes)
 
@@ -123,8 +122,7 @@ def test_rows_go_on_in_other_architectures(monkeypatch: pytest.MonkeyPatch, fami
 def test_rows_pause_between_rounds_of_any_length(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:
     """Prevents keys of a draft that was rejected before the pause from counting as the row's."""
     expected = make_engine(model, gamma=7).generate(GROUPS, config(GREEDY), seed=SEED)
-    engine = make_engine(model, gamma=7)
-    engine.controller = Schedule(7, 0, 1, 0, 3)  # type: ignore[assignment]
+    engine = make_engine(model, gamma=7, controller=Schedule(7, 0, 1, 0, 3))
     give_pages(monkeypatch, engine, 20)
     actual = engine.generate(GROUPS, config(GREEDY), seed=SEED)
     assert_same(actual, expected)
@@ -161,14 +159,13 @@ def test_replayed_rounds_follow_rows_that_pause(
     monkeypatch.setitem(engine_module.ROUNDS_AHEAD, "cpu", ahead)
     monkeypatch.setattr(build, "_library", lambda: None)  # our C kernels are no operations of torch: none is recorded
     expected = make_engine(model).generate(GROUPS, config(SAMPLED), seed=SEED)
-    engine = make_engine(model)
-    engine._graphs = GraphPool(recorded)
+    engine = make_engine(model, capture=recorded)
     for num_pages in (LONGEST, 20):
         give_pages(monkeypatch, engine, num_pages)
         actual = engine.generate(GROUPS, config(SAMPLED), seed=SEED)
         assert_same(actual, expected)
         assert actual.stats.paused_rows > 0
-        assert len(engine._graphs) > 0
+        assert len(engine.graphs) > 0
         engine.release()
 
 
@@ -177,14 +174,14 @@ def test_conversations_go_on_from_what_there_was_room_to_keep(
     monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, law: dict[str, Any]
 ) -> None:
     """Rows kept for later turns give way before a live one does, and a prompt loses its history at worst."""
-    kept_at_pause: list[int] = []
-    pause = Rollout._pause
+    cached_then: list[int] = []
+    preempt = Rollout._preempt
 
     def watched(self: Rollout, row: int) -> None:
-        kept_at_pause.append(len(self.kept))
-        pause(self, row)
+        cached_then.append(len(self.prefix_cache))
+        preempt(self, row)
 
-    monkeypatch.setattr(Rollout, "_pause", watched)
+    monkeypatch.setattr(Rollout, "_preempt", watched)
     expected, _ = converse(make_engine(model), config(law), keep=False)
     for num_pages in (26, 40, 80):
         engine = make_engine(model)
@@ -192,8 +189,27 @@ def test_conversations_go_on_from_what_there_was_room_to_keep(
         actual, stats = converse(engine, config(law), keep=True)
         assert actual == expected
     assert stats.reused_prompt_tokens > 0, "with the most of these, something must have been kept"
-    assert kept_at_pause
-    assert set(kept_at_pause) == {0}
+    assert cached_then
+    assert set(cached_then) == {0}
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["", "forgotten alone"])
+def test_rows_that_no_call_can_reuse_hold_no_pages(
+    monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, broken: bool
+) -> None:
+    """Prevents a rollout that waits for pages which idle rows hold for nobody. Negative control: it can't begin."""
+    engine = make_engine(model)
+    give_pages(monkeypatch, engine, LONGEST)
+    for end in (engine.refresh, lambda: None):  # or by a call that keeps nothing
+        engine.generate(PROMPTS, config(GREEDY), keep=True)
+        if broken:
+            monkeypatch.setattr(PrefixCache, "clear", lambda self: self._drop(list(self._tokens)))
+        end()
+        if broken:
+            with pytest.raises(AssertionError):
+                engine.generate([max(PROMPTS, key=len)], config(GREEDY))
+            return
+        assert len(engine.generate([max(PROMPTS, key=len)], config(GREEDY)).completion_ids[0]) > 0
 
 
 @pytest.mark.parametrize("broken", [False, True], ids=["", "the oldest pauses"])
@@ -201,15 +217,17 @@ def test_the_oldest_row_comes_to_its_end(
     monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, broken: bool
 ) -> None:
     """Prevents rows that take each other's pages in turn. Negative control: the other order is seen."""
-    pause, from_the_oldest = Scheduler.pause, []
+    preempt, newest, from_the_oldest = Scheduler.preempt, Scheduler.newest, []
+
+    def oldest(self: Scheduler) -> int:
+        return self._admission_order.index(min(self._admission_order))
 
     def watched(self: Scheduler, row: int, done: tuple[int, ...]) -> int:
-        from_the_oldest.append(self._ages[row] == min(self._ages))
-        return pause(self, row, done)
+        from_the_oldest.append(row == oldest(self))
+        return preempt(self, row, done)
 
-    monkeypatch.setattr(Scheduler, "pause", watched)
-    if broken:
-        monkeypatch.setattr(Scheduler, "newest", lambda self: self._ages.index(min(self._ages)))
+    monkeypatch.setattr(Scheduler, "preempt", watched)
+    monkeypatch.setattr(Scheduler, "newest", oldest if broken else newest)
     actual, _ = compare(monkeypatch, model, SAMPLED, LONGEST)
     rounds = actual.stats.plain_rounds + actual.stats.num_rounds_speculative
     assert len(from_the_oldest) == actual.stats.paused_rows > 0
@@ -220,13 +238,13 @@ def test_the_oldest_row_comes_to_its_end(
 def test_paused_rows_share_their_prompt_again(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:
     """Prevents a group from needing its prompt's pages once per row after a pause, and from computing it again."""
     done: list[int] = []
-    pause = Scheduler.pause
+    preempt = Scheduler.preempt
 
     def watched(self: Scheduler, row: int, tokens: tuple[int, ...]) -> int:
         done.append(len(tokens))
-        return pause(self, row, tokens)
+        return preempt(self, row, tokens)
 
-    monkeypatch.setattr(Scheduler, "pause", watched)
+    monkeypatch.setattr(Scheduler, "preempt", watched)
     prompts = ragged_prompts([33]) * 6  # 8 pages once, and at most 8 for each row's own
     actual, expected = compare(monkeypatch, model, SAMPLED | {"eos_token_id": None}, 8 + 3 * 8, prompts)
     assert_same(actual, expected)
@@ -240,9 +258,9 @@ def test_a_group_counts_its_prompt_once(monkeypatch: pytest.MonkeyPatch, model: 
     give_pages(monkeypatch, engine, 10_000)
     output = engine.generate(prompts, config(SAMPLED | {"eos_token_id": None}), seed=SEED)
     needed = -(-(33 + 24 + 3 + 1) // PAGE)
-    assert engine._kept.cache.num_pages == 1 + 8 + 6 * (needed - 8) + 6  # type: ignore[union-attr]
+    assert engine.prefix_cache.cache.num_pages == 1 + 8 + 6 * (needed - 8) + 6  # type: ignore[union-attr]
     assert output.stats.paused_rows == 0
-    assert output.stats.kv_bytes == engine._kept.cache.nbytes > 0  # type: ignore[union-attr]
+    assert output.stats.kv_bytes == engine.prefix_cache.cache.nbytes > 0  # type: ignore[union-attr]
 
 
 def test_a_row_in_flight_counts_as_completed_tokens(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:
@@ -260,8 +278,8 @@ def test_a_row_in_flight_counts_as_completed_tokens(monkeypatch: pytest.MonkeyPa
 
 
 def forget_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    pause = Scheduler.pause
-    monkeypatch.setattr(Scheduler, "pause", lambda self, row, done: pause(self, row, done[:-1]))
+    preempt = Scheduler.preempt
+    monkeypatch.setattr(Scheduler, "preempt", lambda self, row, done: preempt(self, row, done[:-1]))
 
 
 def go_on_without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,35 +288,40 @@ def go_on_without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     def prompts_alone(self: Rollout, rows: list[int], starts: list[int]) -> Any:
         for spans in batches(self, rows, starts):
             ends = [len(self.scheduler.active[span.row].prompt) - 1 for span in spans]
-            kept = [Span(span.row, span.start, end) for span, end in zip(spans, ends, strict=True) if end > span.start]
+            short = [
+                Span(span.row, span.start, end) for span, end in zip(spans, ends, strict=True) if end > span.start
+            ]
             for span in spans:
                 self.runner.cache.reserve(span.row, span.end)
-            if kept:
-                yield kept
+            if short:
+                yield short
 
     monkeypatch.setattr(Rollout, "_prefill_batches", prompts_alone)
 
 
 def count_what_was_generated_as_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    admit = BatchState.admit
+    assign = BatchState.assign
 
     def longer(self: BatchState, row: int, prompt: tuple, limit: int, row_id: int, done: tuple = ()) -> None:
-        admit(self, row, (*prompt, *done), limit, row_id)
+        assign(self, row, (*prompt, *done), limit, row_id)
 
-    monkeypatch.setattr(BatchState, "admit", longer)
+    monkeypatch.setattr(BatchState, "assign", longer)
 
 
-def take_a_paused_row_for_a_fresh_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def sibling(self: Scheduler, row: int) -> Request | None:
-        same = self.waiting and self.waiting[0].prompt == self.active[row].prompt
-        return replace(self.waiting.popleft(), done=()) if same else None
+def take_a_preempted_row_for_a_fresh_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    take_over = Scheduler.take_over
 
-    monkeypatch.setattr(Scheduler, "waiting_sibling", sibling)
+    def fresh(self: Scheduler, row: int) -> Request | None:
+        if self.waiting:
+            self.waiting[0] = replace(self.waiting[0], done=())
+        return take_over(self, row)
+
+    monkeypatch.setattr(Scheduler, "take_over", fresh)
 
 
 @pytest.mark.parametrize(
     "sabotage",
-    [forget_a_token, go_on_without_keys, count_what_was_generated_as_prompt, take_a_paused_row_for_a_fresh_one],
+    [forget_a_token, go_on_without_keys, count_what_was_generated_as_prompt, take_a_preempted_row_for_a_fresh_one],
 )
 def test_a_broken_pause_is_noticed(
     monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, sabotage: Callable[[pytest.MonkeyPatch], None]
@@ -311,13 +334,13 @@ def test_a_broken_pause_is_noticed(
         assert_same(actual, expected)
 
 
-@pytest.mark.parametrize("broken", ["prompts count once more", "kept rows stay"])
+@pytest.mark.parametrize("broken", ["nothing is needed", "cached rows stay"])
 def test_broken_admission_is_noticed(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, broken: str) -> None:
-    """Negative controls: pages that are promised twice, and rows that starve behind what is kept."""
-    if broken == "kept rows stay":
+    """Negative controls: pages that are promised twice, and rows that starve behind cached ones."""
+    if broken == "cached rows stay":
         monkeypatch.setattr(PrefixCache, "evict", lambda *args, **kwargs: False)
     else:
-        monkeypatch.setattr(Admission, "_needs", lambda self, request: (-1, 0))
+        monkeypatch.setattr(Admission, "_needed_pages", lambda self, request, num_shared: 0)
     engine = make_engine(model)
     give_pages(monkeypatch, engine, 20)
     with pytest.raises((AssertionError, IndexError)):

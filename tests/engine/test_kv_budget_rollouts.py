@@ -1,4 +1,4 @@
-"""How large the cache is: from a budget, no larger than can be used, given back between rollouts if so wished."""
+"""How large the cache is: from a budget, no larger than can be used, freed between rollouts."""
 
 import logging
 from typing import Any
@@ -38,12 +38,12 @@ def allocate(
     monkeypatch: pytest.MonkeyPatch,
     free_pages: int,
     requests: list[Request],
-    kept: PrefixCache | None = None,
+    prefix_cache: PrefixCache | None = None,
     **options: Any,
 ) -> PrefixCache:
     monkeypatch.setattr(memory, "free_bytes", lambda device: free_pages * PAGE * TOKEN_BYTES)
     chosen = SelfSpecOptions(num_speculative_tokens=3, **options)
-    return KVMemory(2, TOKEN_BYTES, None, chosen).allocate(requests, kept, DEVICE)
+    return KVMemory(2, TOKEN_BYTES, None, chosen).allocate(requests, prefix_cache, DEVICE)
 
 
 def requests(count: int, limit: int = 28) -> list[Request]:
@@ -75,13 +75,12 @@ def test_rows_are_as_many_as_asked_for(monkeypatch: pytest.MonkeyPatch, given: i
 
 def test_pages_that_are_held_count_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents a conversation from losing memory with each turn to the turns before."""
-    kept = allocate(monkeypatch, 32, requests(40))
-    cache, page = kept.cache, PAGE * TOKEN_BYTES
-    cache.begin(torch.zeros(1, 1, dtype=torch.int64), 1, torch.tensor([0]))
+    prefix_cache = allocate(monkeypatch, 32, requests(40))
+    cache, page = prefix_cache.cache, PAGE * TOKEN_BYTES
     for layer in cache.pages_of:
-        layer.update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16))
+        layer.lazy_initialization(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16))
     assert cache.nbytes == 17 * page
-    assert allocate(monkeypatch, 100 - 17, requests(40), kept) is kept, "it grows in place"
+    assert allocate(monkeypatch, 100 - 17, requests(40), prefix_cache) is prefix_cache, "it grows in place"
     assert cache.num_free == 50
     assert cache.nbytes == 51 * page
 
@@ -103,25 +102,24 @@ def test_released_pages_come_back_to_the_same_table(model: PreTrainedModel) -> N
     """A captured graph goes on reading the table where it was; and a rollout must not see what lay there before."""
     engine = make_engine(model)
     first = engine.generate(PROMPTS, GREEDY, seed=1)
-    cache = engine._kept.cache  # type: ignore[union-attr]
+    cache = engine.prefix_cache.cache  # type: ignore[union-attr]
     before = addresses(cache)
     engine.release()
     assert cache.nbytes == 0
     again = engine.generate(PROMPTS, GREEDY, seed=1)
-    assert engine._kept.cache is cache  # type: ignore[union-attr]
+    assert engine.prefix_cache.cache is cache  # type: ignore[union-attr]
     assert addresses(cache) == before
     assert (again.completion_ids, again.logprobs) == (first.completion_ids, first.logprobs)
     assert again.stats.kv_bytes == first.stats.kv_bytes == cache.nbytes > 0
 
 
-def test_a_conversation_ends_and_frees_its_memory(model: PreTrainedModel) -> None:
+def test_a_release_frees_the_memory_and_ends_a_conversation(model: PreTrainedModel) -> None:
     """Prevents training without the memory that it was promised, and rows that outlive their conversation."""
     engine = make_engine(model)
     output = engine.generate(PROMPTS, GREEDY, keep=True)
-    assert engine._kept.cache.nbytes > 0  # type: ignore[union-attr]
-    engine.end_conversation()
-    assert len(engine._kept) == 0  # type: ignore[arg-type]
-    assert engine._kept.cache.nbytes == 0  # type: ignore[union-attr]
+    engine.release()
+    assert len(engine.prefix_cache) == 0  # type: ignore[arg-type]
+    assert engine.prefix_cache.cache.nbytes == 0  # type: ignore[union-attr]
     turns = [prompt + new + [5] for prompt, new in zip(PROMPTS, output.completion_ids, strict=True)]
     expected = make_engine(model).generate(turns, GREEDY)
     actual = engine.generate(turns, GREEDY, keep=True)
@@ -183,5 +181,5 @@ def test_on_a_gpu_the_memory_is_given_back() -> None:
     allocated = []
     for keep in (False, True, False):
         engine.generate(PROMPTS, GREEDY, keep=keep)
-        allocated.append(engine._kept.cache.nbytes)  # type: ignore[union-attr]
+        allocated.append(engine.prefix_cache.cache.nbytes)  # type: ignore[union-attr]
     assert allocated[0] == allocated[2] == 0 < allocated[1]

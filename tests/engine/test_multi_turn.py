@@ -79,8 +79,7 @@ def test_reuse_holds_whatever_the_rounds_were(model: PreTrainedModel) -> None:
     """Prevents the keys of provisional drafts from being kept after a plain, a short or a long last round."""
     expected, _ = converse(make_engine(model), GREEDY, keep=False)
     for schedule in ([0], [7], [0, 5, 1]):
-        engine = make_engine(model, gamma=7)
-        engine.controller = Schedule(*schedule)  # type: ignore[assignment]
+        engine = make_engine(model, gamma=7, controller=Schedule(*schedule))
         assert converse(engine, GREEDY, keep=True)[0] == expected
 
 
@@ -170,7 +169,7 @@ def test_padding_beyond_all_keys_cannot_poison(monkeypatch: pytest.MonkeyPatch) 
         prompts = [a + b + c for a, b, c in zip(rows, completions, ragged_prompts([1, 30]), strict=True)]
         expected = make_engine(model).generate(prompts, GREEDY).completion_ids
         assert engine.generate(prompts, GREEDY, keep=True).completion_ids == expected
-        for layer in engine._kept.cache.pages_of:  # type: ignore[union-attr]
+        for layer in engine.prefix_cache.cache.pages_of:  # type: ignore[union-attr]
             assert layer.keys.isfinite().all()
             assert layer.values.isfinite().all()
 
@@ -192,13 +191,13 @@ def test_equal_prompts_of_a_later_turn_share_what_is_kept(model: PreTrainedModel
 
 
 def trust_the_key_of_the_last_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    seat = PrefixCache.seat
+    longest_prefix = PrefixCache.longest_prefix
 
-    def one_more(self: PrefixCache, rows: list[int], prompts: list[Tokens]) -> list[int]:
-        starts = seat(self, rows, prompts)
-        return [min(start + 1, len(prompt) - 1) for start, prompt in zip(starts, prompts, strict=True)]
+    def one_more(self: PrefixCache, prompt: Tokens) -> tuple[int, int]:
+        row, num_tokens = longest_prefix(self, prompt)
+        return row, min(num_tokens + 1, len(prompt) - 1) if num_tokens else 0
 
-    monkeypatch.setattr(PrefixCache, "seat", one_more)
+    monkeypatch.setattr(PrefixCache, "longest_prefix", one_more)
 
 
 def take_another_row(monkeypatch: pytest.MonkeyPatch) -> None:

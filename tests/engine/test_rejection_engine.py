@@ -84,8 +84,7 @@ def model() -> PreTrainedModel:
 
 def make_engine(model: PreTrainedModel, *draft_lengths: int, verification: str = "rejection") -> SelfSpecEngine:
     options = SelfSpecOptions(draft_qtype="qint8", verification=verification)  # type: ignore[arg-type]
-    engine = SelfSpecEngine(model, options)
-    engine.controller = Schedule(*draft_lengths)  # type: ignore[assignment]
+    engine = SelfSpecEngine(model, options, controller=Schedule(*draft_lengths))
     spoil(engine, noise=0.3)
     return engine
 

@@ -14,7 +14,6 @@ from trl_selfspec import SelfSpecEngine, SelfSpecOptions
 from trl_selfspec.control.controller import Controller
 from trl_selfspec.engine import engine
 from trl_selfspec.engine.batch_state import BatchState
-from trl_selfspec.engine.cuda_graphs import GraphPool
 from trl_selfspec.engine.engine import RolloutOutput
 from trl_selfspec.engine.model_runner import ModelRunner
 from trl_selfspec.engine.rollout import Rollout
@@ -33,8 +32,11 @@ def model() -> PreTrainedModel:
 
 
 def make_engine(model: PreTrainedModel, schedule: tuple[int, ...], **options: Any) -> SelfSpecEngine:
-    made = SelfSpecEngine(model, SelfSpecOptions(draft_qtype="qint8", num_speculative_tokens=3, **options))
-    made.controller = Schedule(*schedule)  # type: ignore[assignment]
+    made = SelfSpecEngine(
+        model,
+        SelfSpecOptions(draft_qtype="qint8", num_speculative_tokens=3, **options),
+        controller=Schedule(*schedule),
+    )
     spoil(made, noise=0.5)
     return made
 
@@ -151,9 +153,9 @@ def interrupt(*args: object) -> None:
 
 def test_building_the_drafter_is_no_price_of_quantizing(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch):
     """Kernels compile once; a gate that took this for the price of every rollout would never draft again."""
-    made, prices = SelfSpecEngine(model, SelfSpecOptions(num_speculative_tokens=2)), []
-    made.controller = Schedule(2)  # type: ignore[assignment]
-    made.controller.observe_requantize = lambda seconds, typical: prices.append(typical)  # type: ignore[method-assign]
+    controller, prices = Schedule(2), []
+    monkeypatch.setattr(controller, "observe_requantize", lambda seconds, typical: prices.append(typical))
+    made = SelfSpecEngine(model, SelfSpecOptions(num_speculative_tokens=2), controller=controller)
     for _ in range(3):
         made.generate(PROMPTS, GenerationConfig(max_new_tokens=6, pad_token_id=0), seed=0)
         made.refresh()
@@ -194,8 +196,8 @@ def test_rounds_that_teach_nothing_are_passed_over(model: PreTrainedModel, monke
     """Else each later round would be taken for the one before it, and its trial charged to another."""
     monkeypatch.setitem(engine.ROUNDS_AHEAD, "cpu", 1)
     force_page_size(monkeypatch, 4)
-    made = SelfSpecEngine(model, SelfSpecOptions(num_speculative_tokens=2))
-    made._graphs = GraphPool(lambda function: function)  # the first two rounds of a kind teach nothing
+    # With captures, the first two rounds of a kind teach nothing.
+    made = SelfSpecEngine(model, SelfSpecOptions(num_speculative_tokens=2), capture=lambda function: function)
     for seed in range(3):
         made.generate(PROMPTS, GenerationConfig(max_new_tokens=14, pad_token_id=0, **SAMPLING), seed=seed)
         assert len(made.controller._under_way) <= 1, "the round that began when all rows had ended"

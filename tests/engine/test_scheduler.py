@@ -1,12 +1,15 @@
-"""Which prompt is in which row: nothing lost, nothing twice, rows dense, order kept."""
+"""Which request has which row: nothing lost, nothing twice, rows dense, order kept, each prompt computed once."""
 
 from random import Random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_selfspec.engine.request import Request
-from trl_selfspec.engine.scheduler import Scheduler
+from trl_selfspec.engine.scheduler import Admission, Scheduler
+from trl_selfspec.kv_cache.paged_cache import PagedCache
+from trl_selfspec.kv_cache.prefix_cache import PrefixCache
 
 
 def requests(prompts: list[int]) -> list[Request]:
@@ -30,32 +33,53 @@ def test_every_request_is_served_once_and_in_order(prompts: list[int], max_rows:
                 continue
             request = scheduler.active[row]
             finished.append(request.row_id)
-            if (sibling := scheduler.waiting_sibling(row)) is not None:
-                assert sibling.prompt == request.prompt
-                scheduler.replace(row, sibling)
-                started.append(sibling.row_id)
+            if (successor := scheduler.take_over(row)) is not None:
+                assert successor.prompt == request.prompt
+                assert scheduler.active[row] is successor
+                started.append(successor.row_id)
                 continue
             moved = scheduler.active[-1]
             last = scheduler.retire(row)
             assert last == scheduler.num_active
             assert row == last or scheduler.active[row] is moved
+        for request in scheduler.active:
+            owner = scheduler.prefix_owner(request.prompt)
+            assert owner is not None and scheduler.active[owner].prompt == request.prompt
     assert started == list(range(len(prompts)))
     assert sorted(finished) == started
 
 
+def admit(scheduler: Scheduler) -> tuple[list[int], Admission]:
+    admission = Admission(scheduler, PrefixCache(PagedCache(1, scheduler.max_rows, 9)))
+    return scheduler.admit(admission.fits), admission
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(0, 6))
-def test_each_prompt_has_one_holder(prompts: list[int], num_old: int) -> None:
-    """Prevents a prompt that is prefilled twice, and a row that is handed another prompt's keys."""
-    scheduler = Scheduler(requests(prompts), max_rows=12)
-    scheduler.admit()
-    num_old = min(num_old, len(prompts))
-    new = list(range(num_old, len(prompts)))
-    groups = scheduler.prefix_groups(new)
-    covered = [row for holder, members in groups for row in [holder, *members] if row >= num_old]
-    assert sorted(covered) == new
-    assert len({holder for holder, _ in groups}) == len(groups) == len({prompts[row] for row in new})
-    for holder, members in groups:
-        assert all(prompts[row] == prompts[holder] for row in members)
-        assert holder == prompts.index(prompts[holder]), "the first row that has the prompt holds its keys"
-        assert all(row > holder for row in members)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(0, 6), st.integers(0, 2**32))
+def test_each_prompt_has_one_owner(prompts: list[int], num_old: int, seed: int) -> None:
+    """Prevents a prompt that is prefilled twice, and a row that gets keys of another prompt, or none yet."""
+    scheduler = Scheduler(requests(prompts), max_rows=num_old)
+    admit(scheduler)
+    random = Random(seed)
+    while scheduler.num_active and random.random() < 0.5:  # rows move
+        scheduler.retire(random.randrange(scheduler.num_active))
+    old = {request.prompt for request in scheduler.active}
+    scheduler.max_rows = 12
+    new, admission = admit(scheduler)
+    assert sorted([*admission.cached, *admission.shared]) == new
+    computed = [scheduler.active[row].prompt for row in admission.cached]
+    assert len(set(computed)) == len(computed)
+    assert not old & set(computed)
+    for row, (owner, num_tokens) in admission.shared.items():
+        assert scheduler.active[owner].prompt == scheduler.active[row].prompt
+        assert num_tokens == 1
+        assert owner in admission.cached or owner not in new, "its keys are there when they are shared"
+
+
+def test_an_owner_without_keys_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: the newest row of a prompt is one that itself waits for its keys."""
+    monkeypatch.setattr(
+        Scheduler, "prefix_owner", lambda self, prompt: next(reversed(self._rows_by_prompt[prompt]), None)
+    )
+    with pytest.raises(AssertionError):
+        test_each_prompt_has_one_owner()

@@ -59,7 +59,6 @@ def filled_cache(rows: int, capacity: int, heads: int, dim: int, value_dim: int,
     layer.lazy_initialization(torch.zeros(1, heads, 1, dim), torch.zeros(1, heads, 1, value_dim))
     layer.keys.normal_()
     layer.values.normal_()
-    cache.attention_writes = True
     return cache
 
 
@@ -194,7 +193,6 @@ def test_other_cases_take_the_other_path_and_write(spy: Spy, case: str):
     """What the kernel does not cover must neither reach it nor lose its write."""
     dim, dtype = 12 if case == "odd head" else 8, torch.float16 if case == "fp16" else FP32
     cache = PagedCache(1, 2, 16, page_size=4 if case == "paged" else None)
-    cache.attention_writes = True
     for row in range(2):
         cache.reserve(row, 8) if case == "paged" else None
     spy.allowed = case != "no kernels"
@@ -212,11 +210,12 @@ def test_other_cases_take_the_other_path_and_write(spy: Spy, case: str):
     assert torch.equal(cache.keys_and_values(cache.pages_of[0])[0], key.transpose(1, 2))
 
 
-def test_binding_a_cache_hands_the_writes_over():
-    """Without it, states would be written twice; unbound, not at all."""
-    cache, model = PagedCache(1, 1, 4), nn.Linear(1, 1)
-    assert not cache.attention_writes
+def test_attention_modules_find_the_cache_that_is_bound():
+    """Not every architecture passes keyword arguments through to its attention."""
+    cache, model = PagedCache(1, 1, 4), nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    model[1].layer_idx = 0
     bind_cache(model, cache)
-    assert cache.attention_writes
+    assert model[1].paged_cache is cache and not hasattr(model[0], "paged_cache")
     bind_cache(model, None)
+    assert model[1].paged_cache is None
     assert ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION] is selfspec_attention

@@ -230,8 +230,9 @@ def test_coupled_rounds_on_the_kernels_give_plain_tokens(do_sample: bool, monkey
     monkeypatch.setattr(triton_sampling, "best", lambda *args: launched.append(args) or best(*args))
 
     def generate(*draft_lengths: int) -> tuple[list[list[int]], list[float]]:
-        engine = SelfSpecEngine(model, SelfSpecOptions(draft_qtype="qint8", verification="coupled"))
-        engine.controller = Schedule(*draft_lengths)  # type: ignore[assignment]
+        engine = SelfSpecEngine(
+            model, SelfSpecOptions(draft_qtype="qint8", verification="coupled"), controller=Schedule(*draft_lengths)
+        )
         spoil(engine, noise=0.1)
         config = GenerationConfig(max_new_tokens=8, do_sample=do_sample, top_k=20, eos_token_id=20)
         output = engine.generate(ragged_prompts([2, 5, 3]), config, seed=4)

@@ -193,11 +193,16 @@ def test_one_key_too_many_is_noticed() -> None:
     assert (ours - textbook).abs().max() > 1000 * TOLERANCE
 
 
+def write(cache: PagedCache, states: Tensor, layer_idx: int = 0) -> None:
+    """Writes (B, K, T, D) states as keys and as values."""
+    cache.layer_of(layer_idx, states, states).write(states, states)
+
+
 def test_what_is_not_written_cannot_poison() -> None:
     """Prevents NaN from memory that was never written: 0 x NaN is NaN."""
     cache = PagedCache(1, 2, 8, page_size=None)
     cache.begin(torch.zeros(2, 1, dtype=torch.int64), 8)
-    cache.layers[0].update(torch.ones(2, 1, 1, 4), torch.ones(2, 1, 1, 4))
+    write(cache, torch.ones(2, 1, 1, 4))
     assert all(states.isfinite().all() for states in cache.keys_and_values(cache.pages_of[0]))
 
 
@@ -209,7 +214,7 @@ def test_padding_is_written_to_the_spare_page() -> None:
     lengths = torch.tensor([2, 5])
     cache.begin(torch.arange(5).expand(2, -1), 5, torch.arange(2), lengths, fresh=True)
     states = torch.arange(1.0, 11).view(2, 1, 5, 1)
-    cache.layers[0].update(states, states)
+    write(cache, states)
     cache.begin(torch.tensor([[1], [4]]), 5)
     keys, _ = cache.keys_and_values(cache.pages_of[0])
     assert keys[0, :, 0, 0].tolist() == [1, 2, 0, 0, 0]
@@ -221,15 +226,14 @@ def test_bytes_are_counted() -> None:
     cache = PagedCache(2, 3, 8, page_size=4, dtype=torch.bfloat16)
     assert cache.nbytes == 0
     cache.begin(torch.zeros(3, 1, dtype=torch.int64), 1)
-    for layer in cache.layers:
-        layer.update(torch.ones(3, 2, 1, 4), torch.ones(3, 2, 1, 4))
+    for layer_idx in range(2):
+        write(cache, torch.ones(3, 2, 1, 4), layer_idx)
     assert cache.nbytes == 2 * 2 * cache.num_pages * 4 * (2 * 4) * 2
 
 
 def test_layers_that_share_keys_share_their_pages() -> None:
     """Prevents memory for states that another layer keeps, and another layer's states where keys are not shared."""
     cache = PagedCache(3, 1, 8)
-    cache.attention_writes = True
     cache.begin(torch.zeros(1, 1, dtype=torch.int64), 1)
     key, value = torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 6)
     cache.pages_of[0].update(key, value)

@@ -33,11 +33,11 @@ def model() -> PreTrainedModel:
 )
 def test_the_longest_common_prefix_is_found(rows: list[Tokens], prompt: Tokens) -> None:
     """Prevents a search that stops at the first row that fits."""
-    kept = PrefixCache(PagedCache(1, 8, 8))
+    prefix_cache = PrefixCache(PagedCache(1, 8, 8))
     for row, tokens in enumerate(rows):
-        kept.keep(row, tokens)
+        prefix_cache.insert(row, tokens)
     shared = [max(n for n in range(len(prompt)) if n <= len(tokens) and tokens[:n] == prompt[:n]) for tokens in rows]
-    row, num_tokens = kept.longest_prefix(prompt)
+    row, num_tokens = prefix_cache.longest_prefix(prompt)
     assert num_tokens == max(shared, default=0)
     assert not shared or shared[row] == num_tokens
 
@@ -50,7 +50,7 @@ def test_with_few_rows_the_kept_ones_go_first(
     force_page_size(monkeypatch, page_size)
     engine = make_engine(model, max_batch_size=3)
     completions = engine.generate(PROMPTS, GREEDY, keep=True).completion_ids
-    held = set(engine._kept._tokens.values())  # type: ignore[union-attr]
+    held = set(engine.prefix_cache._tokens.values())  # type: ignore[union-attr]
     assert len(held) == 3
     prompts = [prompt + new + [5] for prompt, new in zip(PROMPTS, completions, strict=True)]
     output = engine.generate(prompts, GREEDY, keep=True)
@@ -71,7 +71,7 @@ def test_nothing_outlives_a_change_of_weights(monkeypatch: pytest.MonkeyPatch, b
     first = engine.generate(PROMPTS, GREEDY, keep=True).completion_ids
     prompts = [prompt + new + [5, 6] for prompt, new in zip(PROMPTS, first, strict=True)]
     if broken:
-        monkeypatch.setattr(PrefixCache, "forget", lambda *args: None)
+        monkeypatch.setattr(PrefixCache, "clear", lambda self: None)
     changed_weights(engine, model)
     output = engine.generate(prompts, GREEDY, keep=True)
     expected = make_engine(model).generate(prompts, GREEDY).completion_ids
@@ -83,7 +83,7 @@ def test_a_release_keeps_nothing(model: PreTrainedModel) -> None:
     """Prevents memory from being held through the training step for rows that no one will ask for."""
     engine = make_engine(model)
     completions = engine.generate(PROMPTS, GREEDY, keep=True).completion_ids
-    cache = weakref.ref(engine._kept.cache)  # type: ignore[union-attr]
+    cache = weakref.ref(engine.prefix_cache.cache)  # type: ignore[union-attr]
     engine.release()
     gc.collect()
     assert cache() is None
@@ -112,9 +112,8 @@ def test_memory_of_the_cache_that_is_replaced_counts_as_free(monkeypatch: pytest
     def rows(held_rows: int, counted: bool) -> int:
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=total - held_rows * row))
         cache = PagedCache(2, held_rows - 1, 32)  # one page more for padding; too short for these requests
-        cache.begin(torch.zeros(1, 1, dtype=torch.int64), 1, torch.tensor([0]))
         for layer in cache.pages_of:
-            layer.update(torch.zeros(1, 2, 1, 32), torch.zeros(1, 2, 1, 32))
+            layer.lazy_initialization(torch.zeros(1, 2, 1, 32), torch.zeros(1, 2, 1, 32))
         return memory.allocate(requests, PrefixCache(cache) if counted else None, device).cache.max_rows
 
     assert rows(8, counted=True) == total // 2 // row > rows(8, counted=False)
@@ -129,10 +128,10 @@ def test_a_conversation_holds_no_more_memory_than_its_turn(
     engine, prompts, caches = make_engine(model), PROMPTS, []
     for turn in range(3):
         output = engine.generate(prompts, GREEDY, keep=True)
-        caches.append(engine._kept.cache)  # type: ignore[union-attr]
+        caches.append(engine.prefix_cache.cache)  # type: ignore[union-attr]
         fresh = make_engine(model)
         fresh.generate(prompts, GREEDY)
-        alone = fresh._kept.cache  # type: ignore[union-attr]
+        alone = fresh.prefix_cache.cache  # type: ignore[union-attr]
         if caches[-1] not in caches[:-1]:
             assert caches[-1].nbytes == alone.nbytes
         prompts = next_prompts(prompts, output.completion_ids, turn)

@@ -173,7 +173,7 @@ def test_release_gives_the_pages_back() -> None:
     engine = make_engine(tiny_model("llama"))
     expected = outputs(engine)
     engine.release()
-    assert engine._kept is None
+    assert engine.prefix_cache is None
     trees = (engine._replica.model, engine._drafter)
     assert all(getattr(module, "paged_cache", None) is None for tree in trees for module in tree.modules())
     assert outputs(engine) == expected

@@ -45,7 +45,7 @@ class _Watched(SelfSpecGRPOTrainer):
             return super()._generate(prompts)
         finally:
             assert module_state(self.model) == before
-            assert self._engine is None or self._engine._kept is None
+            assert self._engine is None or self._engine.prefix_cache is None
             self.rollouts.append(self._rollout)
 
 
@@ -102,9 +102,9 @@ def test_another_rows_history_shows_in_greedy_conversations(
     _, expected, _ = greedy("tools")
     found = PrefixCache.longest_prefix
 
-    def wrong(kept: PrefixCache, prompt: Tokens) -> tuple[int, int]:
-        row, num_tokens = found(kept, prompt)
-        return (row + 3) % kept.cache.max_rows, num_tokens
+    def wrong(self: PrefixCache, prompt: Tokens) -> tuple[int, int]:
+        row, num_tokens = found(self, prompt)
+        return (row + 3) % self.cache.max_rows, num_tokens
 
     monkeypatch.setattr(PrefixCache, "longest_prefix", wrong)
     _, reward, _ = greedy_run(tmp_path, "tools", **ALWAYS_SPECULATE)
@@ -136,13 +136,13 @@ def test_a_turn_that_fails_leaves_nothing_allocated(tmp_path: Path) -> None:
 
     def rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
         tool_rollout(prompts, trainer)
-        assert len(trainer._engine._kept) > 0
+        assert len(trainer._engine.prefix_cache) > 0
         raise InterruptedError
 
     kwargs = {"rollout_func": rollout}
     trainer = tool_trainer(tmp_path, "rollout_func", trainer_kwargs=kwargs)
     with pytest.raises(InterruptedError):
         trainer.train()
-    assert trainer._engine._kept is None
+    assert trainer._engine.prefix_cache is None
     trainer.generate_ids([[5, 6, 7]])  # outside of a rollout
-    assert trainer._engine._kept is None
+    assert trainer._engine.prefix_cache is None

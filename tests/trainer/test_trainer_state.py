@@ -71,7 +71,7 @@ def test_an_exception_in_a_rollout_leaves_the_policy_as_it_was(tmp_path: Path) -
     trainer = run_until_the_policy_breaks(tmp_path, **ALWAYS_SPECULATE)
     before, after = trainer.states[-1]
     assert after == before
-    assert trainer._engine._kept is None
+    assert trainer._engine.prefix_cache is None
 
 
 def test_the_state_comparison_sees_what_trls_own_path_leaves_behind(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The rows of a batch on the device: their tokens, lengths and limits."""
+"""The rows of a batch on the device: their tokens, log-probabilities, lengths and limits."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,9 @@ from trl_selfspec.utils import to_device
 class BatchState:
     """The rows being decoded. Row r's keys and values are valid for slots below `lengths[r] - 1`.
 
-    Provisional drafts are written behind a row's length, where the sampling law finds each position's own history.
-    A row whose length is its limit emits nothing. One that has ended otherwise may go on until the host has noticed:
-    what it draws there lies behind its end.
+    Drafts are written behind a row's length, where the logits processor finds each position's own history. A row whose
+    length is its limit emits nothing. A row that ended otherwise goes on until the host has read of it: what it draws
+    until then lies behind its end.
     """
 
     def __init__(self, max_rows: int, capacity: int, device: torch.device) -> None:
@@ -25,8 +25,8 @@ class BatchState:
         self.policy_logprobs = zeros(max_rows, capacity, dtype=torch.float32)
         self.lengths, self.prompt_lengths, self.limits, self.row_ids = (zeros(max_rows) for _ in range(4))
         self.num_drafted = zeros()  # drafts behind every row's length
-        self.draft_nan = zeros(max_rows, dtype=torch.bool)  # one of these drafts came from a law that was not finite
-        self.park(0)
+        self.draft_nan = zeros(max_rows, dtype=torch.bool)  # one of these drafts was drawn from non-finite logits
+        self.deactivate(0)
 
     @property
     def max_rows(self) -> int:
@@ -36,8 +36,8 @@ class BatchState:
     def capacity(self) -> int:
         return self.tokens.shape[1]
 
-    def admit(self, row: int, prompt: Sequence[int], limit: int, row_id: int, done: Sequence[int] = ()) -> None:
-        """Places a prompt and what was generated before; the row ends at the latest when it holds `limit` tokens."""
+    def assign(self, row: int, prompt: Sequence[int], limit: int, row_id: int, done: Sequence[int] = ()) -> None:
+        """Gives `row` a prompt and the tokens `done` generated before; it ends at `limit` tokens at the latest."""
         length = len(prompt) + len(done)
         self.tokens[row, :length] = to_device([*prompt, *done], self.tokens.device)
         self.lengths[row], self.prompt_lengths[row] = length, len(prompt)
@@ -48,16 +48,20 @@ class BatchState:
             if tensor.dim():
                 tensor[target] = tensor[source]
 
-    def reset(self) -> None:
-        """Holds no row, and nothing that a rollout which failed left behind."""
-        self.park(0)
-        self.forget_drafts()
+    def drawn(self, rows: Sequence[int], starts: Sequence[int], width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Copies `width` tokens of each of these rows, from `starts` on, and both log-probabilities: `(rows, width)`.
+
+        Positions beyond the capacity repeat the last one.
+        """
+        index, first = to_device([rows, starts], self.tokens.device).unsqueeze(-1)
+        positions = (first + torch.arange(width, device=first.device)).clamp_(max=self.capacity - 1)
+        return self.tokens[index, positions], self.logprobs[index, positions], self.policy_logprobs[index, positions]
 
     def forget_drafts(self) -> None:
         """The next round begins at every row's length."""
         self.num_drafted.zero_()
         self.draft_nan.zero_()
 
-    def park(self, first: int) -> None:
-        """Takes rows from `first` on out of the rounds."""
+    def deactivate(self, first: int) -> None:
+        """Rows from `first` on emit nothing until they are assigned."""
         self.lengths[first:] = self.prompt_lengths[first:] = self.limits[first:] = 1

@@ -1,12 +1,12 @@
-"""Rounds captured as CUDA graphs: the GPU runs a whole program of kernels without waiting for Python.
+"""CUDA graphs of rounds: one launch for all kernels of a program, without Python in between.
 
-A program runs eagerly the first time, which loads its kernels, is captured the second time, and replayed from then on:
-over optimizer steps and rollouts, as long as the tensors it reads stay where they are. Graphs exist for a few numbers
-of rows and slots; the rows beyond the active ones are parked. All share one memory pool.
+A program runs eagerly the first time, which loads its kernels. The second time it is captured. From then on it is
+replayed, over optimizer steps and rollouts, as long as the tensors it reads stay where they are. Programs are padded
+to a few batch sizes and numbers of slots; the padding rows are inactive and emit nothing. All graphs share one memory
+pool.
 """
 
 import contextlib
-import warnings
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -19,14 +19,14 @@ from trl_selfspec.sampling.logits_processing import BatchedLogitsProcessor
 
 logger = logging.get_logger(__name__)
 
-LANES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
-LANE_STEP = 64  # beyond
-FEWEST_SLOTS = 512
-MAX_LAWS = 4  # sampling laws whose graphs are kept: training, evaluation, and what a user tries
+BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+BATCH_SIZE_STEP = 64  # above the largest of these
+MIN_SLOTS = 512
+MAX_PROCESSORS = 4  # logits processors whose graphs are held: training, evaluation, and what a user tries
 
 
 class Program(NamedTuple):
-    """What tells one captured part of a round from another."""
+    """A part of a round, and the sizes that its graph depends on."""
 
     kind: str
     num_rows: int
@@ -48,30 +48,31 @@ class GraphPool:
 
     Args:
         capture: turns a function into one that replays it; `None` runs every program eagerly.
-        required: raise where a program can't be captured instead of running it eagerly after one warning.
+        required: raise if a program can't be captured. Otherwise all programs run eagerly after one warning.
 
     Attributes:
-        typical: nothing in the current round ran for the first time.
+        steady_state: no program of the current round was warmed up or captured.
     """
 
     def __init__(self, capture: Capture | None = None, required: bool = False) -> None:
         self._capture, self._required = capture, required
-        self._graphs: dict[Hashable, dict[Program, tuple[Replay | None, Function]]] = {}  # by law
+        self._graphs: dict[Hashable, dict[Program, tuple[Replay | None, Function]]] = {}  # by processor
         self._processors: dict[Hashable, BatchedLogitsProcessor] = {}
         self._processor: Hashable = None  # None: one that can't be captured
         self._most_rows = self._most_slots = 0
-        self.typical = True
+        self.steady_state = True
 
     def begin_rollout(
         self, logits_processor: BatchedLogitsProcessor, max_rows: int, row_capacity: int
     ) -> BatchedLogitsProcessor:
-        """Announces rounds under `law`, for a state and a cache of this size.
+        """Announces rounds with this logits processor, for a state and a cache of this size.
 
-        Returns the law to run: an equal one whose programs have run before, since some processors are prepared on
-        the host when they first run, or the one given.
+        Returns:
+            The logits processor to run: an equal one whose programs have run before, if there is one. Some processors
+            are prepared on the host in their first round, which a capture must not include.
 
         Raises:
-            CaptureError: capture is required and the law needs the host.
+            CaptureError: capture is required and the logits processor needs the host.
         """
         if self._capture is None:
             return logits_processor
@@ -86,13 +87,13 @@ class GraphPool:
         if self._processor is None:
             return logits_processor
         self._graphs.setdefault(self._processor, {})
-        if len(self._graphs) > MAX_LAWS:
+        if len(self._graphs) > MAX_PROCESSORS:
             self.clear()
             self._graphs, self._processors = {self._processor: {}}, {}
         return self._processors.setdefault(self._processor, logits_processor)
 
     def begin_round(self) -> None:
-        self.typical = True
+        self.steady_state = True
 
     def run(self, program: Program, function: Function) -> Tensor:
         """Runs `function`, or replays it, for at least the program's rows and slots."""
@@ -103,7 +104,7 @@ class GraphPool:
         replay, captured = graphs.get(program, (None, None))
         if replay is not None:
             return replay()
-        self.typical = False
+        self.steady_state = False
         if captured is None:
             result = function(program)
             graphs[program] = None, function  # not before it has come to its end
@@ -117,13 +118,14 @@ class GraphPool:
         return replay()
 
     def padded(self, program: Program) -> Program:
-        """The program that stands for this one: few numbers of rows and slots, so that graphs are few."""
-        num_rows = next((n for n in LANES if n >= program.num_rows), -(-program.num_rows // LANE_STEP) * LANE_STEP)
-        num_slots = max(FEWEST_SLOTS, 1 << (program.num_slots - 1).bit_length())
+        """The program with its rows and slots rounded up, so that graphs are few."""
+        steps = -(-program.num_rows // BATCH_SIZE_STEP)
+        num_rows = next((size for size in BATCH_SIZES if size >= program.num_rows), steps * BATCH_SIZE_STEP)
+        num_slots = max(MIN_SLOTS, 1 << (program.num_slots - 1).bit_length())
         return program._replace(num_rows=min(num_rows, self._most_rows), num_slots=min(num_slots, self._most_slots))
 
     def clear(self) -> None:
-        """Forgets all graphs: a tensor that they use has moved."""
+        """Drops all graphs, because a tensor that they use has moved."""
         for graphs in self._graphs.values():
             graphs.clear()
         if isinstance(self._capture, CudaCapture):
@@ -151,49 +153,31 @@ class GraphPool:
 class CudaCapture:
     """Captures functions of one device as CUDA graphs that share a memory pool and a stream of their own.
 
-    torch's own `torch.cuda.graph` shares its stream with everybody's graphs, whose end takes cuBLAS workspaces along
-    that ours still use; it empties torch's cache for every capture; and one that fails leaves its stream current.
-
     Attributes:
         nbytes: of the pool, as far as captures made it grow.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.nbytes = device, 0
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # torch's default one is shared with everybody's graphs
         self._pool: Any = None
 
     def renew(self) -> None:
-        """A pool for other graphs, all former ones being gone: theirs can't be captured into again."""
+        """Takes another pool; torch does not capture again into one whose graphs are gone."""
         self._pool, self.nbytes = None, 0
 
     def __call__(self, function: Callable[[], Tensor]) -> Replay:
-        with contextlib.suppress(RuntimeError):
-            return self._captured(function)
-        torch.cuda.empty_cache()  # torch lets go of no memory during a capture, and not all errors tell of a lack
-        return self._captured(function)
-
-    def _captured(self, function: Callable[[], Tensor]) -> Replay:
-        graph = torch.cuda.CUDAGraph()
-        current = torch.cuda.current_stream(self.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            if self._pool is None:
-                for dtype in (torch.float32, torch.bfloat16):  # cuBLAS' workspace of this stream, outside of the pool
-                    square = torch.ones(16, 16, dtype=dtype, device=self.device)
-                    square.mm(square)
-                self._pool = torch.cuda.graph_pool_handle()
-            before = torch.cuda.memory_reserved(self.device)
-            try:
-                # Other threads (a data loader that pins memory) may use CUDA meanwhile.
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:  # other threads (a data loader that pins memory) may use CUDA meanwhile
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                before = torch.cuda.memory_reserved(self.device)
                 result = function()
-                graph.capture_end()
-            except BaseException:
-                self._abandon(graph)
-                raise
-            self.nbytes += torch.cuda.memory_reserved(self.device) - before
-        current.wait_stream(self._stream)
+        except BaseException:
+            self._end_failed_capture()
+            torch.cuda.set_stream(current)  # `torch.cuda.graph` leaves its own one current
+            raise
+        self.nbytes += torch.cuda.memory_reserved(self.device) - before
 
         def replay() -> Tensor:
             graph.replay()
@@ -201,24 +185,18 @@ class CudaCapture:
 
         return replay
 
-    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Ends a capture that failed.
+    def _end_failed_capture(self) -> None:
+        """Takes back what torch leaves behind where a capture is invalidated (a host sync in the model's code).
 
-        Where even that fails, torch 2.11 leaves the allocator capturing, which breaks `empty_cache`, and the random
-        generator, which breaks the next dropout. A capture that succeeds resets the latter.
+        `capture_end` raises before it takes the allocator out of the capture, so that `empty_cache`, which training
+        needs, fails from then on. In torch 2.11 the random generator stays in the capture too, and the next dropout
+        fails, until another capture succeeds. There is no public way to do the first.
         """
-        try:
-            with warnings.catch_warnings(action="ignore"):  # of a graph without kernels
-                graph.capture_end()
-            if self.nbytes:  # the pool holds other graphs
-                return
-        except RuntimeError:
-            with contextlib.suppress(RuntimeError, AttributeError):  # newer releases have done it
-                torch._C._cuda_endAllocateToPool(self.device.index or 0, self._pool)
-                torch._C._cuda_releasePool(self.device.index or 0, self._pool)
-            with contextlib.suppress(RuntimeError):
-                other = torch.cuda.CUDAGraph()
-                other.capture_begin(capture_error_mode="thread_local")
-                torch.zeros((), device=self.device)
-                other.capture_end()
+        with contextlib.suppress(RuntimeError):  # the capture was ended properly
+            torch._C._cuda_endAllocateToPool(self.device.index or 0, self._pool)
+            torch._C._cuda_releasePool(self.device.index or 0, self._pool)
         self.renew()
+        with contextlib.suppress(RuntimeError):
+            other = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(other, stream=self._stream, capture_error_mode="thread_local"):
+                torch.zeros((), device=self.device)

@@ -86,7 +86,7 @@ class SelfSpecGenerate:
             self.engine.refresh()
         # A greedy call draws nothing from torch's generator, as in `generate`.
         output = self.engine.generate(prompts, config, seed=None if config.do_sample else 0)
-        self.engine.end_conversation()  # as after plain `generate`, whose cache goes with the call
+        self.engine.release()  # as after plain `generate`, whose cache goes with the call
         self.stats = output.stats
         sequences = _padded(input_ids, output.completion_ids, generation_config)
         if generation_config.return_dict_in_generate:

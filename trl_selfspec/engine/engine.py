@@ -20,7 +20,7 @@ from trl_selfspec.drafter.drafter import drafter_bytes, has_live_adapters, make_
 from trl_selfspec.drafter.lora_mode import measured_choice, requantize_seconds
 from trl_selfspec.drafter.quantized_linear import resolve_qtype
 from trl_selfspec.engine.batch_state import BatchState
-from trl_selfspec.engine.cuda_graphs import CudaCapture, GraphPool
+from trl_selfspec.engine.cuda_graphs import Capture, CudaCapture, GraphPool
 from trl_selfspec.engine.kv_budget import KVMemory, kv_bytes_per_token, warn_if_scarce
 from trl_selfspec.engine.model_runner import DraftError, ModelRunner
 from trl_selfspec.engine.request import Request, make_requests
@@ -50,7 +50,7 @@ class RolloutOutput:
 
     Attributes:
         completion_ids: new tokens of each prompt; the last one is an EOS token if one was produced.
-        logprobs: of each token under the law it was drawn from, all processors applied (as vLLM returns them).
+        logprobs: of each token under the distribution it was drawn from, all processors applied (as in vLLM).
         policy_logprobs: of each token under `log_softmax(logits / temperature)`, what TRL's trainers compute. The same
             list where temperature is the only processor.
         stats: raw counters and seconds of this call.
@@ -70,6 +70,8 @@ class SelfSpecEngine:
         options: see [`SelfSpecOptions`].
         autocast_dtype: dtype of the autocast under which the model is trained; `None` for none.
         param_dtype: dtype to which FSDP's mixed precision casts the model's parameters; `None` for none.
+        controller: decides on the draft length of each round; `None` builds one from `options`.
+        capture: turns a function into one that replays it; `None` captures CUDA graphs as `options` ask for.
 
     Raises:
         UnsupportedModelError: the architecture or an adapter can't be run faithfully; the message names the reason.
@@ -88,15 +90,17 @@ class SelfSpecEngine:
         options: SelfSpecOptions | None = None,
         autocast_dtype: torch.dtype | None = None,
         param_dtype: torch.dtype | None = None,
+        controller: Controller | None = None,
+        capture: Capture | None = None,
     ) -> None:
         self.options = options or SelfSpecOptions()
         self.autocast_dtype, self.param_dtype = autocast_dtype, param_dtype
-        self.controller = Controller(
+        self.controller = controller or Controller(
             self.options.num_speculative_tokens,
             self.options.max_speculative_tokens,
             self.options.max_active_sequences,
         )
-        self._policy = model
+        self._policy, self._capture = model, capture
         self._refresh_s = 0.0
         self._build()
 
@@ -122,7 +126,7 @@ class SelfSpecEngine:
         with self._forward_context():
             token_bytes = kv_bytes_per_token(self._replica.model, num_layers, kv_dtype, self.device)
         self._memory = KVMemory(num_layers, token_bytes, kv_dtype, self.options)
-        self._kept: PrefixCache | None = None  # None: no cache is allocated
+        self._prefix_cache: PrefixCache | None = None  # None: no cache is allocated
         self._state: BatchState | None = None  # as long as the cache
         self._seed = torch.zeros((), dtype=torch.int64, device=self.device)
         self._sampling: Sampler | None = None
@@ -130,8 +134,18 @@ class SelfSpecEngine:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The transformers model whose law samples follow, PEFT's wrapper removed."""
+        """The transformers model whose distribution samples follow, PEFT's wrapper removed."""
         return self._replica.base
+
+    @property
+    def prefix_cache(self) -> PrefixCache | None:
+        """The keys and values, and which of their rows later calls can reuse; `None`: not allocated."""
+        return self._prefix_cache
+
+    @property
+    def graphs(self) -> GraphPool:
+        """The rounds captured so far."""
+        return self._graphs
 
     @property
     def stale(self) -> bool:
@@ -164,8 +178,8 @@ class SelfSpecEngine:
                 moved = True
             if moved:
                 self._graphs.clear()
-        if self._kept is not None:
-            self._kept.forget()
+        if self._prefix_cache is not None:
+            self._prefix_cache.clear()
         if draft:
             self._wanted_version = self._replica.version
         self._refresh_s += self._seconds() - start
@@ -223,18 +237,17 @@ class SelfSpecEngine:
             seed = int(torch.randint(2**63 - 1, (), device="cpu"))
         elif type(seed) is not int or not -(2**63) <= seed < 2**63:
             raise ValueError(f"`seed={seed!r}` is not supported: use an integer of 64 bits, or None.")
-        if self._kept is not None and not keep:
-            self._kept.forget()
+        if self._prefix_cache is not None and not keep:
+            self._prefix_cache.clear()
         with torch.cuda.device_of(self._seed), self._forward_context(), contextlib.ExitStack() as on_error:
             on_error.callback(self.release)  # a failed rollout may leave NaN, which spreads through masked keys too
             rollout = self._rollout(requests, logits_processor, seed, on_round, keep)
             rollout.run()
             on_error.pop_all()
-        rollout.kept.cache.storage_moved = False  # layers allocate in their first forward, before any is captured
         self._form.add(rollout.stats)
         warn_if_scarce(rollout.stats)
         rollout.stats.refresh_s, self._refresh_s = self._refresh_s, 0.0
-        rollout.stats.drafter_bytes, rollout.stats.kv_bytes = self.drafter_bytes, rollout.kept.cache.nbytes
+        rollout.stats.drafter_bytes, rollout.stats.kv_bytes = self.drafter_bytes, rollout.prefix_cache.cache.nbytes
         rollout.stats.graph_pool_bytes = self._graphs.nbytes
         if self.device.type == "cuda" and not keep:
             self.release()
@@ -243,15 +256,11 @@ class SelfSpecEngine:
 
     def release(self) -> None:
         """Frees the keys and values, those kept for later turns included; the next rollout allocates anew."""
-        if self._kept is not None:
-            self._kept = self._memory.release(self._kept)
+        if self._prefix_cache is not None:
+            self._prefix_cache = self._memory.release(self._prefix_cache)
         for tree in (self._replica.model, self._drafter):
             if tree is not None:
                 bind_cache(tree, None)
-
-    def end_conversation(self) -> None:
-        """Forgets the rows kept for later turns and frees the keys and values."""
-        self.release()
 
     @property
     def drafter_bytes(self) -> int:
@@ -288,19 +297,17 @@ class SelfSpecEngine:
         on_round: Callable[[Progress], None] | None,
         keep: bool,
     ) -> Rollout:
-        before, kept = self._kept, self._memory.allocate(requests, self._kept, self.device)
-        self._kept, cache = kept, kept.cache
+        before, prefix_cache = self._prefix_cache, self._memory.allocate(requests, self._prefix_cache, self.device)
+        self._prefix_cache, cache = prefix_cache, prefix_cache.cache
         new = self._state is None or before is None or before.cache is not cache
         if new:
             self._state = BatchState(cache.max_rows, cache.row_capacity, self.device)
-        if new or (cache.storage_moved and cache.storage_in_rounds):
+        if cache.rounds_outdated() or new:
             self._graphs.clear()
         bind_cache(self._replica.model, cache)
         # Rows may be fewer than requests: those with a history go first, before the others need its place.
-        requests.sort(key=lambda request: -kept.longest_prefix(request.prompt)[1])
+        requests.sort(key=lambda request: -prefix_cache.longest_prefix(request.prompt)[1])
         assert self._state is not None
-        self._state.reset()
-        cache.park(0)
         self._seed.fill_(seed)
         logits_processor = self._graphs.begin_rollout(logits_processor, self._state.max_rows, cache.row_capacity)
         if self._sampling is None:
@@ -334,7 +341,9 @@ class SelfSpecEngine:
         current = self._drafter_version == self._wanted_version
         ahead = ROUNDS_AHEAD.get(self.device.type, 0)
         scheduler = Scheduler(requests, min(cache.max_rows, len(requests)))
-        return Rollout(runner, scheduler, kept, self.controller, prepare_drafter, current, keep, on_round, ahead)
+        return Rollout(
+            runner, scheduler, prefix_cache, self.controller, prepare_drafter, current, keep, on_round, ahead
+        )
 
     def _seconds(self) -> float:
         """The host's clock, once the device has done what it was asked for."""
@@ -347,6 +356,8 @@ class SelfSpecEngine:
 
     def _graph_pool(self) -> GraphPool:
         choice = self.options.cuda_graphs
+        if self._capture is not None:
+            return GraphPool(self._capture, required=choice is True)
         if self.device.type != "cuda":
             if choice is True:
                 raise ValueError(

@@ -1,9 +1,8 @@
-"""How much memory the keys and values of a rollout get, and how many rows share it.
+"""The memory budget of keys and values: how many pages a rollout gets, and how many rows share them.
 
-A GPU's rows grow page by page, so there the number of pages comes from a budget and rows are as many as find pages: a
-batch that can't all reach its limits is paused in part when the pages run out, which costs less than a small batch
-from the start. Where rows are dense (CPUs), memory is as much as all rows at their limits can need, and rows are as
-many as that affords.
+On a GPU rows grow page by page. The number of pages comes from the budget, and rows are admitted as long as there are
+pages. If the pages run out, rows are preempted, which costs less than a smaller batch from the start. On a CPU rows
+are dense: the budget is divided by the length that a row can reach.
 """
 
 from collections import Counter
@@ -25,9 +24,9 @@ from trl_selfspec.options import SelfSpecOptions
 logger = logging.get_logger(__name__)
 
 GPU_PAGE_SIZE = 64
-MAX_ROWS = 256  # in pages, unless the user says: more rows gain little speed, and their logits take memory too
+MAX_ROWS = 256  # on a GPU, by default: more rows gain little speed, and their logits take memory too
 SCARCE = 0.05  # share of a rollout's tokens that may be computed again without a warning
-CAPACITY_STEPS = 8  # lengths per power of two: a table that fits many rollouts is not replaced, which costs graphs
+CAPACITY_STEPS = 8  # row capacities per power of two: a table that later rollouts fit into need not be replaced
 
 
 def page_size(device: torch.device) -> int | None:
@@ -56,7 +55,7 @@ def kv_bytes_per_token(model: nn.Module, num_layers: int, dtype: torch.dtype | N
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can be allocated, those that torch holds without using them included."""
+    """Bytes that can be allocated, including those that torch has reserved and does not use."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -64,7 +63,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def warn_if_scarce(stats: RolloutStats) -> None:
-    """Says what to change if a rollout computed much of its tokens again."""
+    """Warns if a rollout computed many of its tokens again, and says what to change."""
     if stats.recomputed_tokens > SCARCE * (stats.prompt_tokens + stats.completion_tokens):
         logger.warning_once(
             "The pages for keys and values ran out, and many tokens were computed again for rows that had been paused "
@@ -93,13 +92,15 @@ class KVMemory:
         self._num_layers, self._kv_dtype, self._options = num_layers, kv_dtype, options
         self.token_bytes = token_bytes
 
-    def allocate(self, requests: Sequence[Request], kept: PrefixCache | None, device: torch.device) -> PrefixCache:
-        """The cache `kept`, or one that can hold the requests, with what they can use of the rows kept so far.
+    def allocate(
+        self, requests: Sequence[Request], prefix_cache: PrefixCache | None, device: torch.device
+    ) -> PrefixCache:
+        """A cache that can hold the requests: `prefix_cache`, or a larger one that takes over what they can use of it.
 
         Raises:
             ValueError: the budget does not hold the longest row; says the numbers and what to change.
         """
-        old = None if kept is None else kept.cache
+        old = None if prefix_cache is None else prefix_cache.cache
         slots = page_size(device)
         capacity = max(map(self._slots, requests))
         free = free_bytes(device) + (0 if old is None else old.nbytes)
@@ -113,34 +114,34 @@ class KVMemory:
             affordable = max(held, budget // (self.token_bytes * slots))
             self._check(-(-capacity // slots), affordable, slots, free)
             num_pages = 1 + min(affordable, self._needed_pages(requests, max_rows, slots))
-        if kept is None or old is None or old.max_rows < max_rows or old.row_capacity < capacity:
+        if prefix_cache is None or old is None or old.max_rows < max_rows or old.row_capacity < capacity:
             if slots is not None:
                 capacity = _rounded_up(capacity)
                 if old is not None:
                     max_rows, capacity = max(max_rows, old.max_rows), max(capacity, old.row_capacity)
             cache = PagedCache(self._num_layers, max_rows, capacity, slots, self._kv_dtype, device, num_pages)
-            return (
-                PrefixCache(cache) if kept is None else kept.move_to(cache, (request.prompt for request in requests))
-            )
+            if prefix_cache is None:
+                return PrefixCache(cache)
+            return prefix_cache.move_to(cache, (request.prompt for request in requests))
         if num_pages is not None:
             old.allocate(num_pages)
-        return kept
+        return prefix_cache
 
-    def release(self, kept: PrefixCache) -> PrefixCache | None:
-        """Gives all storage back. Pages leave their table behind, at its address: captured graphs read it there."""
-        if kept.cache.dense:
+    def release(self, prefix_cache: PrefixCache) -> PrefixCache | None:
+        """Frees all storage. Paged caches leave their table at its address, where captured graphs read it."""
+        if prefix_cache.cache.dense:
             return None
-        kept.forget()
-        kept.cache.free()
-        return kept
+        prefix_cache.clear()
+        prefix_cache.cache.free()
+        return prefix_cache
 
     def _slots(self, request: Request) -> int:
-        """Positions that a row may write to."""
+        """Positions that a row may write to, its last draft included."""
         return request.limit + self._options.longest_draft + 1
 
     def _needed_pages(self, requests: Sequence[Request], max_rows: int, slots: int) -> int:
-        """Pages with which no row is ever paused and none waits: those of the longest rows, or of all with what they
-        share, and the one per row that `Admission` leaves free."""
+        """Pages with which no row waits or is preempted: those of the longest rows, or of all rows with shared prompts
+        counted once, and the one per row that `Admission` leaves free."""
         pages = [-(-self._slots(request) // slots) for request in requests]
         groups = Counter(request.prompt for request in requests)
         twice = sum((groups[prompt] - 1) * ((len(prompt) - 1) // slots) for prompt in groups)

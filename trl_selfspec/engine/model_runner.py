@@ -1,9 +1,8 @@
-"""A round advances every active row: a plain round by one token, a speculative one by 1 to γ + 1.
+"""The device work of a round, which advances every active row by one token (plain) or 1 to γ + 1 (speculative).
 
-Everything here is device work on the first rows of `BatchState`, in three programs: a plain round, a draft step, and
-verification. Each reads and writes tensors at fixed addresses alone, so that it can be captured (`graphs.py`) and
-replayed for as many rows as a graph was captured for: rows that no request holds are parked, and emit nothing. The
-one host sync is `PendingRound.result`.
+There are three programs: a plain round, a draft step, and verification. Each reads and writes tensors at fixed
+addresses alone, the first rows of `BatchState` among them, so that it can be captured (`cuda_graphs.py`). A graph
+may be for more rows than are active: the others emit nothing. The one host sync is `PendingRound.result`.
 """
 
 from collections.abc import Callable
@@ -31,9 +30,9 @@ class RoundResult(NamedTuple):
 
     finished: list[bool]
     emitted: list[int]  # tokens the row gained
-    accepted: list[int]  # drafts that stood, before truncation at EOS or the limit
-    draft_nan: int  # rows with a draft law that was not finite
-    target_nan: bool  # a token was drawn from a law that was not finite
+    accepted: list[int]  # drafts that were accepted, before truncation at EOS or the limit
+    draft_nan: int  # rows with a draft from non-finite logits
+    target_nan: bool  # a token was drawn from non-finite logits
 
 
 class PendingRound:
@@ -42,11 +41,11 @@ class PendingRound:
     Attributes:
         num_rows: rows of the round.
         gamma: its draft length; 0 is a plain round.
-        typical: its seconds are those that rounds like it take; not so the first ones, which load kernels or capture.
+        steady_state: nothing was warmed up or captured, so its seconds are those of any round of this size.
     """
 
-    def __init__(self, report: Tensor, num_rows: int, gamma: int, clock: Clock, typical: bool) -> None:
-        self.num_rows, self.gamma, self.typical = num_rows, gamma, typical
+    def __init__(self, report: Tensor, num_rows: int, gamma: int, clock: Clock, steady_state: bool) -> None:
+        self.num_rows, self.gamma, self.steady_state = num_rows, gamma, steady_state
         self._clock, self._report, self._copied = clock, report, None
         if report.is_cuda:  # the next replay overwrites it
             self._report = torch.empty(report.shape, dtype=report.dtype, device="cpu", pin_memory=True)
@@ -58,8 +57,8 @@ class PendingRound:
         if self._copied is not None:
             self._copied.synchronize()  # host sync: the only one of a round
         *rows, draft_nan, target_nan = self._report.tolist()
-        lanes = len(rows) // 3
-        finished, emitted, accepted = (rows[at : at + self.num_rows] for at in range(0, len(rows), lanes))
+        padded = len(rows) // 3
+        finished, emitted, accepted = (rows[at : at + self.num_rows] for at in range(0, len(rows), padded))
         return RoundResult([bool(flag) for flag in finished], emitted, accepted, draft_nan, bool(target_nan))
 
     def laps(self) -> list[float]:
@@ -69,7 +68,7 @@ class PendingRound:
 
 @dataclass
 class ModelRunner:
-    """Runs rounds over the first rows of `state`; what stays the same for a whole rollout lives here."""
+    """Runs rounds over the first rows of `state`, none of which is active at first. One per rollout."""
 
     target: nn.Module
     drafter: nn.Module | None
@@ -85,6 +84,13 @@ class ModelRunner:
         self._eos = torch.tensor(
             self.logits_processor.eos_token_ids, dtype=torch.int64, device=self.state.tokens.device
         )
+        self.state.forget_drafts()  # of a rollout that failed
+        self.deactivate(0)
+
+    def deactivate(self, first: int) -> None:
+        """Takes rows from `first` on out of the rounds, which may be replays for more rows than are active."""
+        self.state.deactivate(first)
+        self.cache.deactivate(first)
 
     def prefill(
         self,
@@ -95,7 +101,7 @@ class ModelRunner:
         num_slots: int,  # the largest end
         fresh: bool,  # all start at 0
     ) -> None:
-        """Writes the keys and values of each row's tokens from `starts` to `ends`; logits are not needed."""
+        """Computes and writes the keys and values of each row's tokens from `starts` to `ends`."""
         positions = starts[:, None] + torch.arange(width, device=rows.device)
         self.cache.begin(positions, num_slots, rows, ends, fresh)
         tokens = self.state.tokens[rows].gather(1, positions.clamp(max=num_slots - 1))
@@ -106,7 +112,7 @@ class ModelRunner:
         return self._finish(Program("plain", num_rows, num_slots), self._plain, self._clock())
 
     def speculative(self, num_rows: int, gamma: int, num_slots: int) -> PendingRound:
-        """γ draft forwards of T = 1, one target forward of T = γ + 1, verdict; the clock tells the two apart.
+        """γ draft forwards of T = 1, then one target forward of T = γ + 1 that verifies; both are timed.
 
         Raises:
             DraftError: a draft step failed; the rows are as they were before.
@@ -133,7 +139,7 @@ class ModelRunner:
     def _finish(self, program: Program, function: Callable[[Program], Tensor], clock: Clock) -> PendingRound:
         report = self.graphs.run(program, function)
         clock.mark()
-        return PendingRound(report, program.num_rows, program.gamma, clock, self.graphs.typical)
+        return PendingRound(report, program.num_rows, program.gamma, clock, self.graphs.steady_state)
 
     def _plain(self, program: Program) -> Tensor:
         state, rows = self.state, slice(0, program.num_rows)
@@ -180,7 +186,7 @@ class ModelRunner:
         )
 
     def _commit(self, outcome: Outcome, logits: Tensor) -> Tensor:
-        """Writes what a round yields, cut at the first EOS and at the row's limit; returns the report."""
+        """Writes a round's tokens, truncated at the first EOS and at the row's limit; returns the report."""
         state, (num_accepted, tokens, logprobs) = self.state, outcome
         num_rows, width = tokens.shape
         lengths, limits = state.lengths[:num_rows], state.limits[:num_rows]

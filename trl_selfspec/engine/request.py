@@ -1,4 +1,4 @@
-"""From prompts and a generation config to requests: everything wrong with them is said here, before any work."""
+"""Requests: prompts and budgets, checked before any work."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Request:
     row_id: int
     prompt: tuple[int, ...]
     limit: int
-    done: tuple[int, ...] = ()  # tokens generated before the row was paused
+    done: tuple[int, ...] = ()  # tokens generated before the row was preempted
 
     @property
     def tokens(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The loop this project is about: decide -> draft -> verify -> commit -> retire."""
+"""The loop of a rollout: decide -> draft -> verify -> commit -> retire."""
 
 import logging
 import time
@@ -18,14 +18,14 @@ from trl_selfspec.utils import Clock, to_device
 
 logger = logging.getLogger(__name__)
 
-PREFILL_TOKENS = 4096  # padded tokens per prefill forward: bounds its activations
+PREFILL_TOKENS = 4096  # padded tokens per prefill forward, which bounds its activations
 PREFILL_SCORES = PREFILL_TOKENS**2  # queries x keys of a prefill that continues a row, whose attention needs a mask
 SLOT_QUANTUM = 16  # attention reads a multiple of this many slots, so that shapes repeat over rounds
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a rollout stands, after each round."""
+    """The state of a rollout after a round."""
 
     unfinished: int
     completed_tokens: int
@@ -34,14 +34,14 @@ class Progress:
 
 
 class Launched(NamedTuple):
-    """A round in flight, and whose rows it advances."""
+    """A round in flight, and the ids of the rows it advances. Rows may move or end before it is read."""
 
-    round_: PendingRound
+    pending: PendingRound
     row_ids: list[int]
 
 
 class Span(NamedTuple):
-    """Tokens of a row whose keys are to be computed."""
+    """Tokens of a row whose keys have to be computed."""
 
     row: int
     start: int
@@ -54,17 +54,20 @@ class Span(NamedTuple):
 
 @dataclass
 class Rollout:
-    """One `generate` call. `completions[i]` and the log-probabilities belong to the i-th prompt."""
+    """One `generate` call. `completions[i]` and the log-probabilities belong to the i-th prompt.
+
+    The host knows each row's length up to the last round it has read, the device up to the last one that ran.
+    """
 
     runner: ModelRunner
     scheduler: Scheduler
-    kept: PrefixCache  # of the runner's cache
+    prefix_cache: PrefixCache  # over the runner's cache
     controller: Controller
     prepare_drafter: Callable[[], tuple[float, bool]]  # makes it current; seconds, and whether it was there before
     drafter_is_current: bool = False
-    keep: bool = False  # finished rows, for later rollouts
+    keep: bool = False  # finished rows in the prefix cache, for later rollouts
     on_round: Callable[[Progress], None] | None = None
-    rounds_ahead: int = 0  # launched before the host reads the last one; what rows draw after their end is ignored
+    rounds_ahead: int = 0  # rounds launched before the host reads the last one (asynchronous scheduling)
     stats: RolloutStats = field(default_factory=RolloutStats)
 
     def __post_init__(self) -> None:
@@ -75,7 +78,7 @@ class Rollout:
         self._in_flight: deque[Launched] = deque()
         self._prefills: list[Clock] = []
         self._comparison = PlainComparison(self.stats)
-        self._drawn: list[tuple] = []  # row id, tokens, log-probabilities twice: on the device
+        self._stash: list[tuple] = []  # row ids, numbers of tokens; tokens and both log-probabilities, on the device
 
     def run(self) -> None:
         start = time.perf_counter()
@@ -84,20 +87,20 @@ class Rollout:
         while self.scheduler.active:
             self._launch(self.controller.choose(self.scheduler.num_active))
             while len(self._in_flight) > self.rounds_ahead:
-                gamma = self._settle()
+                gamma = self._complete()
                 if self.on_round is not None:
                     self._report(gamma, time.perf_counter() - start)
         assert not self.scheduler.waiting, "every request fits into an empty cache"
-        self._collect()
+        self._read_back()
         self._comparison.end()
         self.stats.prefill_s += sum(clock.laps()[0] for clock in self._prefills)
         self.stats.rollout_s += time.perf_counter() - start
 
     def _launch(self, gamma: int) -> None:
-        """Starts a round: a plain one, or drafts and their verification."""
+        """Launches a round: a plain one, or drafts and their verification."""
         try:
             self._launch_round(gamma)
-        except DraftError as error:  # nothing is lost: the rows are as they were
+        except DraftError as error:  # the rows are as they were
             self.controller.give_up(f"the drafter failed ({error})")
             logger.warning("trl_selfspec: no speculation from here on, the drafter failed: %s", error)
             self._launch_round(0)
@@ -106,15 +109,15 @@ class Rollout:
         if gamma:
             self._draft_with_current_weights()
         num_slots, num_rows = self._reserve(lookahead=gamma), self.scheduler.num_active
-        if num_rows:  # rounds in flight may have been the last ones, and pages had to wait for them
+        if num_rows:  # else `_reserve` has completed rounds, and all rows have ended
             runner = self.runner
-            round_ = runner.speculative(num_rows, gamma, num_slots) if gamma else runner.plain(num_rows, num_slots)
-            self._in_flight.append(Launched(round_, [request.row_id for request in self.scheduler.active]))
+            pending = runner.speculative(num_rows, gamma, num_slots) if gamma else runner.plain(num_rows, num_slots)
+            self._in_flight.append(Launched(pending, [request.row_id for request in self.scheduler.active]))
 
-    def _settle(self) -> int:
-        """Waits for the oldest round, counts it, and lets finished rows make room; returns its draft length."""
-        launched, row_ids = self._in_flight.popleft()
-        result = launched.result()
+    def _complete(self) -> int:
+        """Reads the oldest round in flight, retires finished rows, admits waiting ones; returns its draft length."""
+        pending, row_ids = self._in_flight.popleft()
+        result = pending.result()
         if result.target_nan:
             raise ValueError(
                 "The policy's logits are not finite, so no token can be drawn; check for NaN in its weights (a loss "
@@ -124,10 +127,10 @@ class Rollout:
         at = {rows[row_id]: i for i, row_id in enumerate(row_ids) if row_id in rows}  # the others had ended before
         for row, i in at.items():
             self.scheduler.lengths[row] += result.emitted[i]
-        self._count(launched, result, list(at.values()))
+        self._count(pending, result, list(at.values()))
         self._retire(sorted((row for row, i in at.items() if result.finished[i]), reverse=True))
         self._admit()
-        return launched.gamma
+        return pending.gamma
 
     def _draft_with_current_weights(self) -> None:
         if self.stats.toggle_count:
@@ -139,25 +142,25 @@ class Rollout:
         self.stats.toggle_active_sequences_sum += self.scheduler.num_unfinished
         self.stats.toggle_count += 1
 
-    def _count(self, launched: PendingRound, result: RoundResult, live: list[int]) -> None:
-        """Tells statistics and controller what a round took, and what it brought the rows `live` of it."""
-        *draft, target_s = launched.laps()
-        num_rows, gamma, draft_s = launched.num_rows, launched.gamma, sum(draft)
-        if not (live and launched.typical):
+    def _count(self, pending: PendingRound, result: RoundResult, live: list[int]) -> None:
+        """Adds a round to statistics and controller: its seconds, and what its rows `live` gained."""
+        *draft, target_s = pending.laps()
+        num_rows, gamma, draft_s = pending.num_rows, pending.gamma, sum(draft)
+        if not (live and pending.steady_state):
             self.controller.pass_over(num_rows, gamma, draft_s + target_s)
-        if not live:  # all had ended when it began: what reading late costs
+        if not live:  # all rows had ended when it began: the price of launching before reading
             self.stats.add_idle_round(draft_s + target_s)
             return
         usual_s = self.controller.usual_plain_seconds(num_rows)
         if not gamma:
-            if launched.typical:
+            if pending.steady_state:
                 self.controller.observe_plain(num_rows, target_s)
                 self._comparison.add_plain_round(target_s, usual_s)
             self.stats.add_plain_round(len(live), target_s)
             return
         accepted = [sum(result.accepted[row] > i for row in live) for i in range(gamma)]
         examined = [len(live), *accepted[:-1]]
-        if launched.typical:
+        if pending.steady_state:
             self.controller.observe_speculative(num_rows, gamma, draft_s, target_s, accepted, examined)
         committed = sum(result.emitted[row] for row in live)
         self._comparison.add_speculative_round(draft_s + target_s, committed / len(live), usual_s)
@@ -167,20 +170,20 @@ class Rollout:
             self.controller.disable("the drafter's logits are not finite")
 
     def _reserve(self, lookahead: int) -> int:
-        """Makes room for a round's writes: from kept rows, from rows that end, then at the cost of the newest rows.
+        """Gives each row pages for a round's writes: free ones, those of cached rows, then those of the newest rows.
 
         Returns how many slots attention has to read.
         """
         cache = self.runner.cache
         lengths = [self._longest(row) for row in range(self.scheduler.num_active)]
         while not cache.dense and cache.missing_pages(lengths, lookahead) > cache.num_free:
-            if self.kept.evict():
+            if self.prefix_cache.evict():
                 continue
-            if self._in_flight:
-                self._settle()
+            if self._in_flight:  # rows may have ended
+                self._complete()
             else:
                 assert self.scheduler.num_active > 1, "the cache holds one row to its limit"
-                self._pause(self.scheduler.newest())
+                self._preempt(self.scheduler.newest())
             lengths = [self._longest(row) for row in range(self.scheduler.num_active)]
         if not cache.dense:
             for row, length in enumerate(lengths):
@@ -190,108 +193,95 @@ class Rollout:
         return min(-(-longest // SLOT_QUANTUM) * SLOT_QUANTUM, cache.row_capacity)
 
     def _longest(self, row: int) -> int:
-        """The tokens that a row holds at most, whatever the rounds in flight bring."""
+        """The most tokens that a row can hold after the rounds in flight."""
         return min(self.scheduler.lengths[row] + self._ahead, self.scheduler.active[row].limit)
 
     @property
     def _ahead(self) -> int:
-        """Tokens that rounds in flight may add to a row."""
-        return sum(round_.gamma + 1 for round_, _ in self._in_flight)
+        """The most tokens that rounds in flight can add to a row."""
+        return sum(pending.gamma + 1 for pending, _ in self._in_flight)
 
     def _retire(self, finished: Sequence[int]) -> None:
-        """Stores finished rows and compacts: from the last row down, so that a row that moves is not one of them."""
+        """Frees finished rows, from the last one down, so that a row that moves is not one of them."""
         scheduler, cache = self.scheduler, self.runner.cache
+        self._stash_drawn(finished)
         for row in finished:
-            request = scheduler.active[row]
-            self._store(row)
-            if (sibling := scheduler.waiting_sibling(row)) is not None:  # its prompt's keys are in place
-                scheduler.replace(row, sibling)
-                self._place(row, sibling)
-                cache.rearrange({row: (row, len(sibling.prompt) - 1)})
+            request, num_keys = scheduler.active[row], scheduler.lengths[row] - 1 if self.keep else 0
+            self.stats.num_rows += 1
+            self.stats.prompt_tokens += len(request.prompt)
+            if (successor := scheduler.take_over(row)) is not None:
+                self._assign(row, successor)
+                cache.rearrange({row: (row, len(successor.prompt) - 1)})
                 continue
-            num_keys = scheduler.lengths[row] - 1 if self.keep else 0
             last = scheduler.retire(row)
-            self._vacate(row, last, num_keys)
-            self.kept.keep(last, self._tokens(request)[:num_keys] if num_keys else ())
+            self._free(row, last, num_keys)
+            if num_keys:
+                self.prefix_cache.insert(last, self._tokens(request)[:num_keys])
         if finished:
-            self._park()
+            self.runner.deactivate(scheduler.num_active)
 
-    def _pause(self, row: int) -> None:
-        """Gives a row's pages back; later it goes on from its tokens so far, and draws what it would have drawn."""
+    def _preempt(self, row: int) -> None:
+        """Frees a row's pages. It is computed again from its tokens so far, and draws what it would have drawn."""
         request = self.scheduler.active[row]
-        self._set_aside(row)
-        last = self.scheduler.pause(row, self._tokens(request)[len(request.prompt) :])
-        self._vacate(row, last, num_keys=0)
-        self._park()
+        self._stash_drawn([row])
+        last = self.scheduler.preempt(row, self._tokens(request)[len(request.prompt) :])
+        self._free(row, last, num_keys=0)
+        self.runner.deactivate(self.scheduler.num_active)
         self.stats.paused_rows += 1
 
-    def _vacate(self, row: int, last: int, num_keys: int) -> None:
-        """Follows the scheduler, which put the last row in this one's place; `num_keys` keys stay where that was."""
+    def _free(self, row: int, last: int, num_keys: int) -> None:
+        """Moves row `last` to `row` in state and cache, as the scheduler did; `num_keys` keys go the other way."""
         moves = {last: (row, num_keys)}
         if last != row:
             self.runner.state.move(last, row)
             moves[row] = last, self._longest(row) - 1  # the last token has been drawn, not read
         self.runner.cache.rearrange(moves)
 
-    def _park(self) -> None:
-        """Takes the rows behind the active ones out of the rounds, which may be replays for more rows than those."""
-        self.runner.cache.park(self.scheduler.num_active)
-        self.runner.state.park(self.scheduler.num_active)
+    def _stash_drawn(self, rows: Sequence[int]) -> None:
+        """Copies what these rows drew since they were admitted. Reading it now would wait for the rounds in flight."""
+        if not rows:
+            return
+        requests = [self.scheduler.active[row] for row in rows]
+        starts = [len(request.tokens) for request in requests]
+        counts = [self.scheduler.lengths[row] - start for row, start in zip(rows, starts, strict=True)]
+        drawn = self.runner.state.drawn(rows, starts, max(counts))
+        self._stash.append(([request.row_id for request in requests], counts, *drawn))
+        self.stats.completion_tokens += sum(counts)
 
-    def _store(self, row: int) -> None:
-        """Keeps a finished row's results."""
-        self.stats.num_rows += 1
-        self.stats.prompt_tokens += len(self.scheduler.active[row].prompt)
-        self._set_aside(row)
-
-    def _set_aside(self, row: int) -> None:
-        """Copies what a row has drawn since it was admitted; reading it now would wait for the rounds in flight."""
-        request, end = self.scheduler.active[row], self.scheduler.lengths[row]
-        new, state = slice(len(request.tokens), end), self.runner.state
-        drawn = state.tokens[row, new], state.logprobs[row, new], state.policy_logprobs[row, new]
-        self._drawn.append((request.row_id, *(values.clone() for values in drawn)))
-        self.stats.completion_tokens += end - len(request.tokens)
-
-    def _collect(self) -> None:
-        """Reads what was set aside."""
-        for row_id, *drawn in self._drawn:
-            tokens, logprobs, policy_logprobs = (values.tolist() for values in drawn)
-            self.completions[row_id] += tokens
-            self.logprobs[row_id] += logprobs
-            self.policy_logprobs[row_id] += policy_logprobs
-        self._drawn.clear()
+    def _read_back(self) -> None:
+        """Reads what was stashed."""
+        for row_ids, counts, *drawn in self._stash:  # host sync
+            for row_id, count, *values in zip(row_ids, counts, *(tensor.tolist() for tensor in drawn), strict=True):
+                outputs = self.completions[row_id], self.logprobs[row_id], self.policy_logprobs[row_id]
+                for output, new in zip(outputs, values, strict=True):
+                    output += new[:count]
+        self._stash.clear()
 
     def _tokens(self, request: Request) -> tuple[int, ...]:
-        """All tokens of a row that was set aside."""
-        self._collect()
+        """All tokens of a row that was stashed."""
+        self._read_back()
         return (*request.prompt, *self.completions[request.row_id])
 
     def _admit(self) -> None:
-        cache, scheduler = self.runner.cache, self.scheduler
-        rows = scheduler.admit(Admission(cache, self.kept, scheduler).fits)
+        """Gives free rows to waiting requests, and computes the keys of their prompts that no row holds."""
+        scheduler, admission = self.scheduler, Admission(self.scheduler, self.prefix_cache)
+        rows = scheduler.admit(admission.fits)
         if not rows:
             return
         self._prefills.append(clock := Clock(self.runner.state.tokens.device))
         clock.mark()
         for row in rows:
-            self._place(row, scheduler.active[row])
-        groups = scheduler.prefix_groups(rows)
-        new = [holder for holder, _ in groups if holder >= rows[0]]
-        starts = self.kept.seat(new, [scheduler.active[row].tokens for row in new])
-        self.kept.forget(rows)
-        self._fill(new, starts)
-        shared = {
-            row: (holder, len(scheduler.active[holder].prompt) - 1) for holder, members in groups for row in members
-        }
-        cache.rearrange(shared)
-        self._fill(list(shared), [num_tokens for _, num_tokens in shared.values()])  # of rows that were paused
+            self._assign(row, scheduler.active[row])
+        for sources in (admission.cached, admission.shared):  # the second may start from the first
+            self.prefix_cache.assign(sources)
+            self._fill(list(sources), [num_tokens for _, num_tokens in sources.values()])
         self.stats.reused_prompt_tokens += sum(
-            start for row, start in zip(new, starts, strict=True) if not scheduler.active[row].done
+            num_tokens for row, (_, num_tokens) in admission.cached.items() if not scheduler.active[row].done
         )
         clock.mark()
 
-    def _place(self, row: int, request: Request) -> None:
-        self.runner.state.admit(row, request.prompt, request.limit, request.row_id, request.done)
+    def _assign(self, row: int, request: Request) -> None:
+        self.runner.state.assign(row, request.prompt, request.limit, request.row_id, request.done)
 
     def _fill(self, rows: list[int], starts: list[int]) -> None:
         """Computes the keys of these rows' tokens from `starts` on."""

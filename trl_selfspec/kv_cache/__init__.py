@@ -1,1 +1,1 @@
-"""Keys and values: the paged cache, prefixes kept for later turns, and attention over pages."""
+"""Keys and values: the paged cache, the prefix cache over its idle rows, and attention over pages."""

@@ -1,9 +1,8 @@
-"""One attention function for every model, target and drafter alike: it reads the shared paged cache.
+"""The attention function of every model, target and drafter alike: it writes to and reads the paged cache.
 
-A decode step's states are written and attended to by our kernels. Elsewhere grouped query heads are packed into the
-query length of SDPA, so that no key is repeated in memory. The function is found by transformers under
-`IMPLEMENTATION`; the cache hangs on each attention module (`bind_cache`), because not every architecture passes
-keyword arguments through.
+Decode steps use our kernels where these support the shapes. Elsewhere grouped query heads are packed into the query
+length of SDPA, so that no key is repeated in memory. transformers finds the function under `IMPLEMENTATION`. Each
+attention module holds the cache (`bind_cache`), because not every architecture passes keyword arguments through.
 """
 
 from typing import Any
@@ -22,9 +21,7 @@ MODULES_OWN: Any = object()  # where a model leaves its window to the mask (Qwen
 
 
 def bind_cache(model: nn.Module, cache: PagedCache | None) -> None:
-    """Lets every attention module of `model` find `cache`, and write to it; `None` lets go of it."""
-    if cache is not None:
-        cache.attention_writes = True
+    """Gives every attention module of `model` the cache that it reads and writes; `None` takes it away."""
     for module in model.modules():
         if hasattr(module, "layer_idx"):
             module.paged_cache = cache  # type: ignore[assignment]
@@ -81,12 +78,12 @@ def selfspec_attention(
 
 
 def _causal_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """Of T queries to as many keys, which are not repeated in memory where a flash kernel groups heads itself."""
+    """Attention of T queries to their own T keys. Heads are grouped by the flash kernel where there is one."""
     causal, grouped = query.shape[2] > 1, query.is_cpu
     if query.is_cuda:
         arguments = torch.backends.cuda.SDPAParams(query, keys, values, None, 0.0, causal, True)
         grouped = torch.backends.cuda.can_use_flash_attention(arguments)
-    if not grouped:  # SDPA would keep all scores
+    if not grouped:  # SDPA would hold all scores in memory
         groups = query.shape[1] // keys.shape[1]
         keys, values = (states.repeat_interleave(groups, dim=1) for states in (keys, values))
     return scaled_dot_product_attention(query, keys, values, is_causal=causal, scale=scale, enable_gqa=grouped)

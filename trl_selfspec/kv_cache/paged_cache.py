@@ -1,10 +1,10 @@
-"""The key/value cache that target and drafter share.
+"""The paged key/value cache that target and drafter share.
 
 Slot == position: the token at position s of a row lives in the row's slot s, and a key is visible to a query at
 position p iff s <= p. Rejected drafts and padding lie beyond every visible position until they are overwritten, so
 there is no mask to keep and nothing to roll back. Slots lie in pages; a page table per row maps them. On a CPU one
-page spans a row and row r owns page r + 1, so attention reads dense rows without a gather. Page 0 takes the writes
-of padding. Storage comes and goes; the table keeps its address for the cache's life.
+page spans a row and row r owns page r + 1, so attention reads dense rows without a gather. Page 0, the null page,
+takes the writes of padding. Storage may be freed and allocated anew; the table stays at its address.
 """
 
 import weakref
@@ -18,11 +18,17 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from trl_selfspec.utils import to_device
 
 
-TRASH_PAGE = 0
+NULL_PAGE = 0
 
 
 class PagedLayer(CacheLayerMixin):
-    """Keys and values of one layer, `(pages, page_size, K, D)`; every write goes through the owner's slot index."""
+    """Keys and values of one layer, `(pages, page_size, K, D)`. The cache (`owner`) says which slots a forward writes.
+
+    Attributes:
+        addresses: of `keys` and `values`, `(2,)` int64 on the device. Captured kernels read them at each replay, so
+            that storage may move.
+        in_rounds: rounds use the tensors themselves. Captured ones must not outlive these.
+    """
 
     is_compileable = False
     is_sliding = False
@@ -33,7 +39,8 @@ class PagedLayer(CacheLayerMixin):
         super().__init__()
         self.owner = owner
         self.latest: Callable[[], Tensor | None] = lambda: None  # keys of the last update, as long as they are alive
-        self.addresses = torch.zeros(2, dtype=torch.int64, device=owner.device)  # for captured kernels to follow both
+        self.addresses = torch.zeros(2, dtype=torch.int64, device=owner.device)
+        self.in_rounds = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         dtype = self.owner.dtype or key_states.dtype
@@ -46,33 +53,30 @@ class PagedLayer(CacheLayerMixin):
         self.allocate()
 
     def allocate(self) -> None:
-        """Storage for all pages of the owner; pages that had some keep what they hold."""
+        """Allocates storage for all pages of the cache. Pages that had storage keep their contents."""
         if len(self.keys) < self.owner.num_pages:  # one after the other, so that only one is held twice
             self._put(_grown(self.keys, self.owner.num_pages), self.values)
             self._put(self.keys, _grown(self.values, self.owner.num_pages))
 
     def _put(self, keys: Tensor, values: Tensor) -> None:
-        self.owner.storage_moved = True
+        self.owner.moved_in_rounds |= self.in_rounds
+        self.in_rounds = False
         self.keys = keys  # pyright: ignore[reportIncompatibleVariableOverride]
         self.values = values  # pyright: ignore[reportIncompatibleVariableOverride]
         self.addresses.copy_(to_device([keys.data_ptr(), values.data_ptr()], self.addresses.device))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Writes `(B, K, T, D)` states, unless attention will, and hands them back unchanged.
+        """Returns the states unchanged: the attention function writes them.
 
-        What attention writes may have other shapes: latent attention gives compressed states here.
+        They may have other shapes than those that it writes (latent attention gives compressed states here).
         """
         self.latest = weakref.ref(key_states)
-        if not self.owner.attention_writes:
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-            self.write(key_states, value_states)
         return key_states, value_states
 
     def write(self, key_states: Tensor, value_states: Tensor) -> None:
         """Writes `(B, K, T, D)` states to the current forward's slots."""
         index = self.owner.write_index
-        self.owner.storage_in_rounds |= self.owner.rows is None and not self.owner.fresh
+        self.in_rounds |= self.owner.rows is None and not self.owner.fresh
         for storage, states in ((self.keys, key_states), (self.values, value_states)):
             flat = states.transpose(1, 2).reshape(-1, states.shape[1], states.shape[3])
             storage.flatten(0, 1).index_copy_(0, index, flat.to(storage.dtype))
@@ -83,13 +87,13 @@ class PagedLayer(CacheLayerMixin):
         pages: Tensor,  # (N, 2): from, to
         num_slots: int,
     ) -> None:
-        """Copies the first slots of pages of `layer`, all at once."""
+        """Copies the first slots of pages of `layer`, as if all at the same time."""
         sources, targets = pages.unbind(1)
         self.keys[targets, :num_slots] = layer.keys[sources, :num_slots]
         self.values[targets, :num_slots] = layer.values[sources, :num_slots]
 
     def free(self) -> None:
-        """Gives up the storage but for its shape."""
+        """Frees the storage; its shape per page stays known."""
         self._put(*(states.new_empty(0, *states.shape[1:]) for states in (self.keys, self.values)))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -125,18 +129,16 @@ class PagedCache(Cache):
         num_pages: int | None = None,
     ) -> None:
         self.max_rows, self.dtype, self.device = max_rows, dtype, torch.device(device)
+        self.moved_in_rounds = False  # see `rounds_outdated`
         self.pages_of = [PagedLayer(self) for _ in range(num_layers)]  # by layer; transformers' `layers`, typed
         super().__init__(layers=list(self.pages_of))
         self.dense = page_size is None
         self.page_size = row_capacity if page_size is None else page_size
         self.pages_per_row = -(-row_capacity // self.page_size)
         self.row_capacity = self.pages_per_row * self.page_size
-        self.storage_moved = False  # since somebody last asked and reset it
-        self.storage_in_rounds = False  # rounds use the tensors themselves: captured ones must not outlive them
-        self.attention_writes = False  # True: states are written by the attention function that `bind_cache` bound
         self.num_pages = 1 + max_rows * self.pages_per_row if num_pages is None else num_pages
         self._pages: list[list[int]] = [[row + 1] if self.dense else [] for row in range(max_rows)]
-        self._free = [] if self.dense else list(range(self.num_pages - 1, TRASH_PAGE, -1))
+        self._free = [] if self.dense else list(range(self.num_pages - 1, NULL_PAGE, -1))
         self._owners = [0] * self.num_pages
         self._host_table = torch.zeros(max_rows, self.pages_per_row, dtype=torch.int64, device="cpu")
         self._table = self._host_table.to(self.device)  # itself on a CPU
@@ -159,12 +161,12 @@ class PagedCache(Cache):
         lengths: Tensor | None = None,  # (B,) int64: positions >= length are padding
         fresh: bool = False,
     ) -> None:
-        """Announces a forward over `positions`; `fresh` means its keys are all there is (prefill from position 0)."""
+        """Prepares a forward over `positions`. `fresh`: a prefill from position 0, which reads no earlier keys."""
         self.sync_table()
         self.table = self._table[: len(positions)] if rows is None else self._table[rows]
         pages = self.table.gather(1, (positions // self.page_size).clamp_(max=self.pages_per_row - 1))
         if lengths is not None:
-            pages = torch.where(positions < lengths[:, None], pages, TRASH_PAGE)
+            pages = torch.where(positions < lengths[:, None], pages, NULL_PAGE)
         self.write_index = (pages * self.page_size + positions % self.page_size).flatten()
         if lengths is not None:
             positions = positions.clamp(max=num_slots - 1)  # padding that sees no key at all would become NaN
@@ -172,9 +174,9 @@ class PagedCache(Cache):
         self._bias: dict[tuple[int | None, int, torch.dtype], Tensor] = {}
 
     def sync_table(self) -> None:
-        """Brings the device's table up to date, in place: one copy of all that changed; the host does not wait for it.
+        """Copies changed rows of the table to the device, in place and without a host sync.
 
-        `begin` does it too; a round that is replayed does not call `begin`, and needs it beforehand.
+        `begin` does it too. A round that is replayed does not call `begin` and needs it beforehand.
         """
         if self._stale and self._table is not self._host_table:
             rows = slice(min(self._stale), max(self._stale) + 1)
@@ -185,7 +187,7 @@ class PagedCache(Cache):
         self._stale.clear()
 
     def layer_of(self, layer_idx: int, key: Tensor, value: Tensor) -> PagedLayer:
-        """Where attention of this layer keeps its `(B, K, T, D)` states: in another layer's pages if they are its."""
+        """The layer that stores these `(B, K, T, D)` states: an earlier one if it produced them (shared keys)."""
         layer = self.pages_of[layer_idx]
         if not layer.is_initialized:
             for other in self.pages_of:
@@ -230,20 +232,20 @@ class PagedCache(Cache):
 
     @property
     def num_free(self) -> int:
-        """Pages that no row owns."""
+        """Pages that no row holds."""
         return len(self._free)
 
     def pages_for(self, num_slots: int) -> int:
         return -(-num_slots // self.page_size)
 
     def missing_pages(self, lengths: Sequence[int], lookahead: int) -> int:
-        """Pages that rows 0, 1, ... lack for so many slots each and `lookahead` more."""
+        """Pages that rows 0, 1, ... need beyond those they hold, for `length + lookahead` slots each."""
         held = (len(pages) for pages in self._pages)
         needed = (self.pages_for(length + lookahead) for length in lengths)
         return sum(max(n - m, 0) for n, m in zip(needed, held, strict=False))
 
     def reserve(self, row: int, num_slots: int) -> None:
-        """Gives `row` pages for slots 0..num_slots-1; that many have to be free."""
+        """Gives `row` pages for slots 0..num_slots-1. As many as it needs have to be free."""
         assert num_slots <= self.row_capacity
         pages = self._pages[row]
         for index in range(len(pages), self.pages_for(num_slots)):
@@ -253,19 +255,19 @@ class PagedCache(Cache):
             self._host_table[row, index] = page
             self._stale.add(row)
 
-    def park(self, first: int) -> None:
-        """Until they hold pages again, rows from `first` on write to the trash page; what they keep stays untouched.
+    def deactivate(self, first: int) -> None:
+        """Rows from `first` on write to the null page until they get pages again. Their pages keep their contents.
 
-        Only where rows have pages: rounds over dense rows stop at the last active one.
+        Dense rows need no such thing: rounds over them stop at the last active row.
         """
         if not self.dense:
-            self._host_table[first:] = TRASH_PAGE
+            self._host_table[first:] = NULL_PAGE
             self._stale.update(range(first, self.max_rows))
 
     def rearrange(self, sources: Mapping[int, tuple[int, int]]) -> None:
-        """Row t becomes a copy of the first n slots of row s, for all `{t: (s, n)}` at once; what t held is released.
+        """Makes row t a copy of the first n slots of row s, for all `{t: (s, n)}` at once. Frees what t held.
 
-        A source may be a target too, and n may be 0, which empties the row. Full pages are shared, not copied.
+        A source may be a target too. n = 0 empties the row. Full pages are shared, not copied.
         """
         if self.dense:
             pairs = [(source + 1, row + 1) for row, (source, n) in sources.items() if n and row != source]
@@ -288,7 +290,7 @@ class PagedCache(Cache):
         self._write_table(sources)
 
     def adopt(self, other: "PagedCache", sources: Sequence[tuple[int, int]]) -> None:
-        """Row i becomes a copy of the first n slots of `other`'s row s, for each `(s, n)`; `other` loses its storage.
+        """Makes row i a copy of the first n slots of `other`'s row s, for each `(s, n)`. Frees `other`'s storage.
 
         Layer by layer, so that at most one layer is held twice. Rows that shared pages have their own from here on.
         """
@@ -308,7 +310,7 @@ class PagedCache(Cache):
                 theirs.free()
 
     def allocate(self, num_pages: int) -> None:
-        """Has at least this many pages from here on, page 0 included, and storage for them; rows keep what they hold.
+        """Grows to at least this many pages, page 0 included, with storage for them. Rows keep their contents.
 
         Layer by layer, so that at most one layer is held twice.
         """
@@ -321,7 +323,7 @@ class PagedCache(Cache):
                 layer.allocate()
 
     def free(self) -> None:
-        """Gives up the storage of all pages, and the pages, until `allocate`; no row holds anything then."""
+        """Frees all pages and their storage until `allocate`. All rows are empty then."""
         assert not self.dense, "the pages of dense rows are the rows"
         self._pages = [[] for _ in range(self.max_rows)]
         self.num_pages, self._free, self._owners = 1, [], [0]
@@ -335,8 +337,18 @@ class PagedCache(Cache):
         """Bytes of all pages of all layers that have been written to."""
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.pages_of if layer.is_initialized)
 
+    @property
+    def storage_in_rounds(self) -> bool:
+        """Whether rounds use storage itself, and not only its `addresses`."""
+        return any(layer.in_rounds for layer in self.pages_of)
+
+    def rounds_outdated(self) -> bool:
+        """Whether storage used by rounds has moved since the last call: captured rounds must not be replayed."""
+        moved, self.moved_in_rounds = self.moved_in_rounds, False
+        return moved
+
     def _release(self, row: int) -> None:
-        """Returns the row's pages; a shared page returns with its last owner."""
+        """Frees the row's pages; a shared page is free when its last owner frees it."""
         for page in self._pages[row]:
             self._owners[page] -= 1
             if self._owners[page] == 0:
@@ -353,7 +365,7 @@ class PagedCache(Cache):
     def _write_table(self, rows: Iterable[int]) -> None:
         for row in rows:
             pages = self._pages[row]
-            self._host_table[row] = TRASH_PAGE
+            self._host_table[row] = NULL_PAGE
             self._host_table[row, : len(pages)] = torch.tensor(pages, dtype=torch.int64, device="cpu")
             self._stale.add(row)
 

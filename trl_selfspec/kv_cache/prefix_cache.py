@@ -1,11 +1,12 @@
-"""Finished rows whose keys stay in the cache: a later prompt that begins like one of them is not computed again.
+"""Prefix cache: keys and values of finished rows, reused by later prompts that begin with the same tokens.
 
 A tool loop calls the engine once per turn, and each prompt is an earlier one, its completion and what a tool said.
-Kept rows cost no memory: they lie in rows that no request needs, and give way as soon as one does.
+Cached rows cost no memory of their own: they lie in rows of the paged cache that no request needs, and are evicted as
+soon as one does.
 """
 
 from bisect import bisect_left
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping
 
 from trl_selfspec.kv_cache.paged_cache import PagedCache
 
@@ -14,7 +15,7 @@ Tokens = tuple[int, ...]
 
 
 class PrefixCache:
-    """Which tokens' keys lie in the cache's idle rows. The keys are those of the weights they were computed with."""
+    """The tokens whose keys lie in the idle rows of `cache`, computed with the weights of the time."""
 
     def __init__(self, cache: PagedCache) -> None:
         self.cache = cache
@@ -24,18 +25,17 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._tokens)
 
-    def keep(self, row: int, tokens: Tokens) -> None:
-        """Remembers an idle row that holds the keys of `tokens`."""
+    def insert(self, row: int, tokens: Tokens) -> None:
+        """Registers an idle row that holds the keys of `tokens`."""
         self._tokens[row], self._sorted = tokens, None
 
-    def forget(self, rows: Iterable[int] | None = None) -> None:
-        """Forgets what these rows hold; `None`: all rows."""
-        for row in list(self._tokens) if rows is None else rows:
-            self._tokens.pop(row, None)
-        self._sorted = None
+    def clear(self) -> None:
+        """Frees all cached rows."""
+        self.cache.rearrange({row: (row, 0) for row in self._tokens})
+        self._drop(list(self._tokens))
 
     def longest_prefix(self, prompt: Tokens) -> tuple[int, int]:
-        """The row that shares most tokens with `prompt`, and how many; the last token's keys are never of use."""
+        """The row that shares most tokens with `prompt`, and how many. The key of the last token is of no use."""
         if self._sorted is None:
             self._sorted = sorted((tokens, row) for row, tokens in self._tokens.items())
         # In lexicographic order, the longest common prefix is that of a neighbour.
@@ -44,24 +44,21 @@ class PrefixCache:
         shared = ((row, _common_prefix(tokens, prompt[:-1])) for tokens, row in neighbours)
         return max(shared, key=lambda match: match[1], default=(0, 0))
 
-    def seat(self, rows: Sequence[int], prompts: Sequence[Tokens]) -> list[int]:
-        """Gives rows that become active the keys of their prompts' longest kept prefixes; returns their lengths."""
-        found = [self.longest_prefix(prompt) for prompt in prompts]
-        self.cache.rearrange(dict(zip(rows, found, strict=True)))
-        self.forget(rows)
-        return [num_tokens for _, num_tokens in found]
+    def assign(self, sources: Mapping[int, tuple[int, int]]) -> None:
+        """Makes row t, which becomes active, a copy of the first n slots of row s, for all `{t: (s, n)}`."""
+        self.cache.rearrange(sources)
+        self._drop(sources)
 
     def evict(self, spare: Container[int] = ()) -> bool:
-        """Gives up the row that was kept first, but none of `spare`; returns whether there was one."""
+        """Frees the row that was cached first, but none of `spare`; returns whether there was one."""
         row = next((row for row in self._tokens if row not in spare), None)
         if row is None:
             return False
-        self.cache.rearrange({row: (row, 0)})
-        self.forget([row])
+        self.assign({row: (row, 0)})
         return True
 
     def move_to(self, cache: PagedCache, prompts: Iterable[Tokens]) -> "PrefixCache":
-        """Moves what these prompts can use to an empty cache, as far as that has room; the old one loses all."""
+        """Moves what these prompts can use to an empty cache, as far as that has room, and frees the old one."""
         used: dict[int, Tokens] = {}
         for prompt in prompts:
             row, num_tokens = self.longest_prefix(prompt)
@@ -74,8 +71,13 @@ class PrefixCache:
                 rows.append((row, tokens))
         cache.adopt(self.cache, [(row, len(tokens)) for row, tokens in rows])
         for row, (_, tokens) in enumerate(rows):
-            moved.keep(row, tokens)
+            moved.insert(row, tokens)
         return moved
+
+    def _drop(self, rows: Iterable[int]) -> None:
+        for row in rows:
+            self._tokens.pop(row, None)
+        self._sorted = None
 
 
 def _common_prefix(a: Tokens, b: Tokens) -> int:

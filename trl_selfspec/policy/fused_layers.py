@@ -176,7 +176,6 @@ def _decode(fast: FastForward, layer: Callable[..., Tensor]) -> tuple[Tensor, Te
     layer_idx: int = fast.attention.layer_idx  # type: ignore[assignment]
     capacity = max(TRIAL_LENGTHS) + TRIAL_STEPS
     cache = PagedCache(layer_idx + 1, len(TRIAL_LENGTHS), capacity, dtype=parts.dtype, device=device)
-    cache.attention_writes = True
     fast.attention.paged_cache = cache  # type: ignore[assignment]
     pages = cache.pages_of[layer_idx]
 

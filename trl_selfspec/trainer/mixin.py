@@ -100,7 +100,7 @@ class SelfSpecMixin(_Trainer):
         finally:
             self._generating = False
             if self._engine is not None:
-                self._engine.end_conversation()
+                self._engine.release()
         gathered = self._rollout.gather()
         self._unlogged[self._mode] += gathered
         if self.model.training:
@@ -187,7 +187,7 @@ class SelfSpecMixin(_Trainer):
                 )
         finally:
             if not self._generating:
-                engine.end_conversation()
+                engine.release()
         self._rollout.add_turn(output.stats)
         return output.completion_ids, output.policy_logprobs
 
