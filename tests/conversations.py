@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from tiny_models import ragged_prompts, spoil
+from tiny_models import built_once, ragged_prompts, spoil
 from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec.control.controller import Controller
@@ -31,6 +31,10 @@ def make_engine(
     engine = SelfSpecEngine(model, SelfSpecOptions(**defaults | values), controller=controller, capture=capture)
     spoil(engine, noise=0.1)
     return engine
+
+
+shared_engine = built_once(make_engine)
+reference_engine = built_once(make_engine)  # for what is expected of it
 
 
 def next_prompts(prompts: list[list[int]], completions: list[list[int]], turn: int) -> list[list[int]]:

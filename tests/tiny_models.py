@@ -4,6 +4,8 @@ Default initialisation is so flat that a greedy row repeats one token and hides 
 enough that rows wander through the vocabulary.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from trl_selfspec.control.controller import Controller
 from trl_selfspec.drafter.drafter import make_drafter, quantized_layers
+from trl_selfspec.engine import kv_budget
 from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
 
@@ -82,6 +85,26 @@ def always_speculating(model: PreTrainedModel, gamma: int = 3, **values: Any) ->
     """Speculates in every round, with the drafter that is the most often wrong."""
     options: dict[str, Any] = {"max_active_sequences": 10_000, "draft_qtype": "qint4"} | values
     return SelfSpecEngine(model, SelfSpecOptions(num_speculative_tokens=gamma, **options))
+
+
+def built_once(build: Callable[..., SelfSpecEngine]) -> Callable[..., SelfSpecEngine]:
+    """Lets calls with equal arguments share an engine, which takes longer to build than most rollouts of tests.
+
+    Nothing of earlier rollouts is in it, provided that no test refreshes it or changes its model's weights: keys and
+    values are freed, and a controller that learns would have to be new.
+    """
+    engines: dict[Any, SelfSpecEngine] = {}
+
+    @functools.wraps(build)
+    def shared(model: PreTrainedModel, *args: Any, **values: Any) -> SelfSpecEngine:
+        page_size = kv_budget.page_size(torch.device("cpu"))
+        key = id(model), page_size, args, tuple(sorted(values.items()))  # the engine keeps the model alive
+        if key not in engines:
+            engines[key] = build(model, *args, **values)
+        engines[key].release()
+        return engines[key]
+
+    return shared
 
 
 def left_padded(prompts: list[list[int]], pad: int = 0) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import Schedule, ragged_prompts, spoil, tiny_model
+from tiny_models import Schedule, built_once, ragged_prompts, spoil, tiny_model
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -39,6 +39,14 @@ def model() -> PreTrainedModel:
     return tiny_model("qwen3")
 
 
+@built_once
+def make_engine(model: PreTrainedModel, *draft_lengths: int, max_batch_size: int | None) -> SelfSpecEngine:
+    options = SelfSpecOptions(draft_qtype="qint4", verification="coupled", max_batch_size=max_batch_size)
+    engine = SelfSpecEngine(model, options, controller=Schedule(*draft_lengths))
+    spoil(engine, noise=0.1)
+    return engine
+
+
 def sample(
     model: PreTrainedModel,
     *draft_lengths: int,
@@ -46,9 +54,7 @@ def sample(
     max_batch_size: int | None = None,
     **parameters: Any,
 ) -> RolloutOutput:
-    options = SelfSpecOptions(draft_qtype="qint4", verification="coupled", max_batch_size=max_batch_size)
-    engine = SelfSpecEngine(model, options, controller=Schedule(*draft_lengths))
-    spoil(engine, noise=0.1)
+    engine = make_engine(model, *draft_lengths, max_batch_size=max_batch_size)
     values = {"max_new_tokens": 24, "do_sample": True, "top_k": 0, "eos_token_id": [20, 21, 22, 23]}
     return engine.generate(prompts, GenerationConfig(**values | parameters), seed=SEED)
 

@@ -1,5 +1,6 @@
 """Captured rounds give what eager ones give. Graphs are recordings here: see recorded_graph.py."""
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from recorded_graph import record
-from tiny_models import Schedule, force_page_size, ragged_prompts, scale_weights, spoil, tiny_model
+from tiny_models import Schedule, built_once, force_page_size, ragged_prompts, scale_weights, spoil, tiny_model
 from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec import SelfSpecEngine, SelfSpecOptions
@@ -31,7 +32,7 @@ def _pages_and_torchs_own_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_library", lambda: None)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
     return tiny_model("qwen2")
 
@@ -43,6 +44,9 @@ def make_engine(
     engine = SelfSpecEngine(model, SelfSpecOptions(**options), controller=Schedule(*schedule), capture=capture)
     spoil(engine, noise=0.5)
     return engine
+
+
+eager_engine = built_once(functools.partial(make_engine, capture=None))
 
 
 def generate(engine: SelfSpecEngine, law: dict[str, Any], seed: int = 0, **kwargs: Any) -> RolloutOutput:
@@ -65,7 +69,7 @@ def test_captured_rounds_equal_eager_ones(
 ):
     """Over rollouts with other seeds and lengths: prevents whatever Python decides in a round from being frozen."""
     options = {"verification": verification, "max_batch_size": max_batch_size}
-    eager, captured = make_engine(model, None, **options), make_engine(model, record, **options)
+    eager, captured = eager_engine(model, **options), make_engine(model, record, **options)
     for seed in range(3):
         prompts = PROMPTS[: 5 - seed]
         expected, actual = (generate(engine, law, seed, prompts=prompts) for engine in (eager, captured))
@@ -73,8 +77,9 @@ def test_captured_rounds_equal_eager_ones(
     assert len(captured.graphs) >= 6, "few rounds were replayed"
 
 
-def test_graphs_survive_optimizer_steps(model: PreTrainedModel):
+def test_graphs_survive_optimizer_steps():
     """The replicas are refreshed in place: prevents a replay that still reads the weights of an earlier step."""
+    model = tiny_model("qwen2")
     eager, captured = make_engine(model, None), make_engine(model, record)
     outputs = []
     for step in range(3):
@@ -88,8 +93,9 @@ def test_graphs_survive_optimizer_steps(model: PreTrainedModel):
     assert outputs[0].completion_ids != outputs[1].completion_ids
 
 
-def test_weights_that_move_are_followed(model: PreTrainedModel):
+def test_weights_that_move_are_followed():
     """A load or a sharder may put a parameter elsewhere: a graph would go on reading the old place."""
+    model = tiny_model("qwen2")
     eager, captured = make_engine(model, None), make_engine(model, record)
     generate(captured, GREEDY)
     for parameter in model.parameters():
@@ -113,10 +119,9 @@ def weights_followed_without_notice(engine: SelfSpecEngine, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("sabotage", [a_seed_that_moves, weights_followed_without_notice])
-def test_what_a_graph_must_not_do_is_noticed(
-    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, sabotage: Callable
-):
+def test_what_a_graph_must_not_do_is_noticed(monkeypatch: pytest.MonkeyPatch, sabotage: Callable):
     """Negative control: a recording that follows whatever changes would prove nothing."""
+    model = tiny_model("qwen2")
     captured = make_engine(model, record)
     turns = [generate(captured, SAMPLING, keep=True)]
     sabotage(captured, monkeypatch)
@@ -134,7 +139,7 @@ def next_turn(first: RolloutOutput, num_rows: int) -> list[list[int]]:
 
 def test_padding_rows_leave_cached_keys_alone(model: PreTrainedModel):
     """A graph for four rows runs while two are active: the others' keys are those of a conversation that goes on."""
-    eager, captured = make_engine(model, None), make_engine(model, record)
+    eager, captured = eager_engine(model), make_engine(model, record)
     first = generate(captured, SAMPLING, keep=True)
     for seed, num_rows in enumerate((2, 3, 5)):
         prompts = next_turn(first, num_rows)
@@ -157,7 +162,7 @@ def test_inactive_rows_write_to_no_page_of_theirs(inactive: bool):
 
 def test_laws_have_graphs_of_their_own_and_equal_ones_share(model: PreTrainedModel):
     """Evaluation at another temperature must not replay training's rounds, nor make training capture again."""
-    eager, captured = make_engine(model, None), make_engine(model, record)
+    eager, captured = eager_engine(model), make_engine(model, record)
     counts = []
     for temperature in (1.0, 1.0, 0.4, 0.4, 1.0, 0.4):
         law = SAMPLING | {"temperature": temperature}
@@ -183,7 +188,7 @@ HOST_LAWS = [{"no_repeat_ngram_size": 3}, {"top_h": 0.5}]
 @pytest.mark.parametrize("law", HOST_LAWS, ids=str)
 def test_laws_that_need_the_host_run_eagerly(model: PreTrainedModel, law: dict[str, Any]):
     """A processor that reads token ids on the host can't be captured; it must not be frozen either."""
-    eager, captured = make_engine(model, None), make_engine(model, record)
+    eager, captured = eager_engine(model), make_engine(model, record)
     assert same(generate(captured, SAMPLING | law), generate(eager, SAMPLING | law))
     assert len(captured.graphs) == 0
     required = make_engine(model, record, cuda_graphs=True)
@@ -200,7 +205,7 @@ def test_a_round_that_cannot_be_captured_runs_eagerly_after_one_warning(
 ):
     """Prevents a lost rollout, and a slow one that nobody is told of."""
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    eager, captured = make_engine(model, None), make_engine(model, fails)
+    eager, captured = eager_engine(model), make_engine(model, fails)
     with caplog.at_level(logging.WARNING):
         outputs = [generate(captured, SAMPLING, seed) for seed in range(2)]
     assert all(same(output, generate(eager, SAMPLING, seed)) for seed, output in enumerate(outputs))
@@ -253,7 +258,7 @@ def interrupt(*args: object) -> torch.Tensor:
 @pytest.mark.parametrize("law", [{"bad_words_ids": [[5], [9]]}, {"sequence_bias": [[[4], 1.0]]}], ids=str)
 def test_a_processor_prepared_in_one_rollout_is_captured_in_the_next(model: PreTrainedModel, law: dict[str, Any]):
     """Each rollout builds its law, and some laws prepare biases on the host in their first round: not in a capture."""
-    eager, captured = make_engine(model, None), make_engine(model, record, cuda_graphs=True)
+    eager, captured = eager_engine(model), make_engine(model, record, cuda_graphs=True)
     for seed in range(3):  # of one round each
         prompts = PROMPTS[:2]
         config = GenerationConfig(max_new_tokens=1, pad_token_id=0, **SAMPLING, **law)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, Schedule, force_page_size, ragged_prompts, spoil, tiny_model
+from tiny_models import FAMILIES, Schedule, built_once, force_page_size, ragged_prompts, spoil, tiny_model
 from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec.engine.engine import SelfSpecEngine
@@ -44,6 +44,11 @@ def cut_after_eos(tokens: list[int], eos: int | list[int] | None) -> list[int]:
     stops = [eos] if isinstance(eos, int) else eos or []
     end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
     return tokens[:end]
+
+
+@built_once
+def make_engine(model: PreTrainedModel, gamma: int, **values: Any) -> SelfSpecEngine:
+    return SelfSpecEngine(model, options(gamma, **values))
 
 
 def options(gamma: int, **values: object) -> SelfSpecOptions:
@@ -98,7 +103,7 @@ def test_greedy_output_does_not_depend_on_batch_and_draft_length(
     """Prevents a row from seeing its neighbours' padding or their rejected drafts."""
     prompts = PROMPTS[:batch_size]
     expected = generate_with_transformers(llama, prompts, greedy_config())
-    assert SelfSpecEngine(llama, options(gamma)).generate(prompts, greedy_config()).completion_ids == expected
+    assert make_engine(llama, gamma).generate(prompts, greedy_config()).completion_ids == expected
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -127,7 +132,7 @@ def test_the_length_limit_inside_a_draft_ends_the_row_there(
     """Prevents a row that is longer than asked for because its last draft was."""
     config = greedy_config(new_tokens=new_tokens)
     expected = generate_with_transformers(llama, PROMPTS, config)
-    assert SelfSpecEngine(llama, options(7)).generate(PROMPTS, config).completion_ids == expected
+    assert make_engine(llama, 7).generate(PROMPTS, config).completion_ids == expected
     assert cut_inside_a_draft(speculative_rounds) > 0, "no limit fell inside a draft"
 
 
@@ -135,7 +140,7 @@ def test_each_row_may_have_its_own_budget(llama: PreTrainedModel) -> None:
     """Prevents a budget applied to another row after rows have moved."""
     budgets = [1 + 5 * row % 23 for row in range(len(PROMPTS))]
     expected = generate_with_transformers(llama, PROMPTS, greedy_config())
-    engine = SelfSpecEngine(llama, options(3, max_batch_size=5))
+    engine = make_engine(llama, 3, max_batch_size=5)
     output = engine.generate(PROMPTS, greedy_config(), max_new_tokens=budgets)
     assert output.completion_ids == [tokens[:budget] for tokens, budget in zip(expected, budgets, strict=True)]
 
@@ -187,7 +192,7 @@ def test_equal_prompts_are_prefilled_once(
     unique = ragged_prompts([9, 1, 13, 2, 20])
     prompts = [prompt for prompt in unique for _ in range(5)]
     config = greedy_config(eos=EOS)
-    engine = SelfSpecEngine(llama, options(3, max_batch_size=max_batch_size))
+    engine = make_engine(llama, 3, max_batch_size=max_batch_size)
     budgets = [3 + 7 * row % 20 for row in range(len(prompts))]
     expected = generate_with_transformers(llama, prompts, config)
     output = engine.generate(prompts, config, max_new_tokens=budgets)
@@ -287,7 +292,7 @@ def test_a_broken_engine_is_noticed(
     """Negative controls: the comparison with `generate` sees each of these."""
     config = greedy_config(eos=EOS)
     expected = generate_with_transformers(llama, PROMPTS, config)
-    engine = SelfSpecEngine(llama, options(3, max_batch_size=5))
+    engine = make_engine(llama, 3, max_batch_size=5)
     sabotage(monkeypatch)
     wrong = [a != b for a, b in zip(engine.generate(PROMPTS, config).completion_ids, expected, strict=True)]
     assert sum(wrong) >= 3

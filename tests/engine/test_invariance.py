@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import Schedule, ragged_prompts, spoil, tiny_model
+from tiny_models import Schedule, built_once, ragged_prompts, spoil, tiny_model
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from trl_selfspec.control.controller import Controller
 from trl_selfspec.engine.batch_state import BatchState
 from trl_selfspec.engine.engine import RolloutOutput, SelfSpecEngine
 from trl_selfspec.engine.model_runner import ModelRunner
@@ -31,9 +32,12 @@ def sampling_config(**parameters: Any) -> GenerationConfig:
     return GenerationConfig(**values | parameters)
 
 
-def make_engine(model: PreTrainedModel, gamma: int = 3, **values: Any) -> SelfSpecEngine:
+@built_once
+def make_engine(
+    model: PreTrainedModel, gamma: int = 3, controller: Controller | None = None, **values: Any
+) -> SelfSpecEngine:
     defaults = {"draft_qtype": "qint4", "num_speculative_tokens": gamma, "max_active_sequences": 64}
-    engine = SelfSpecEngine(model, SelfSpecOptions(**defaults | values))
+    engine = SelfSpecEngine(model, SelfSpecOptions(**defaults | values), controller=controller)
     spoil(engine, noise=0.1)
     return engine
 
@@ -175,8 +179,7 @@ def test_nothing_follows_the_end_token(model: PreTrainedModel, gamma: int) -> No
 
 def test_counters_add_up(model: PreTrainedModel) -> None:
     """Prevents acceptance rates of drafts that were never made, or counted twice."""
-    engine = make_engine(model, max_batch_size=5)
-    engine.controller = Schedule(3, 0)
+    engine = make_engine(model, max_batch_size=5, controller=Schedule(3, 0))
     progress: list[Any] = []
     output = engine.generate(PROMPTS, sampling_config(), seed=1, on_round=progress.append)
     stats = output.stats

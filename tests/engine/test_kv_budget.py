@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conversations import PROMPTS, converse, make_engine
+from conversations import PROMPTS, converse, make_engine, reference_engine, shared_engine
 from recorded_graph import record
 from tiny_models import Schedule, force_page_size, ragged_prompts, tiny_model
 from transformers import GenerationConfig, PreTrainedModel
@@ -73,9 +73,9 @@ def compare(
     **options: Any,
 ) -> tuple[RolloutOutput, RolloutOutput]:
     """With as many pages, and with all that can be used."""
-    expected = make_engine(model, **options).generate(prompts, config(law), seed=SEED)
+    expected = reference_engine(model, **options).generate(prompts, config(law), seed=SEED)
     assert expected.stats.paused_rows == 0
-    pressed = make_engine(model, **options)
+    pressed = shared_engine(model, **options)
     give_pages(monkeypatch, pressed, num_pages)
     return pressed.generate(prompts, config(law), seed=SEED), expected
 
@@ -121,7 +121,7 @@ def test_rows_go_on_in_other_architectures(monkeypatch: pytest.MonkeyPatch, fami
 
 def test_rows_pause_between_rounds_of_any_length(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:
     """Prevents keys of a draft that was rejected before the pause from counting as the row's."""
-    expected = make_engine(model, gamma=7).generate(GROUPS, config(GREEDY), seed=SEED)
+    expected = reference_engine(model, gamma=7).generate(GROUPS, config(GREEDY), seed=SEED)
     engine = make_engine(model, gamma=7, controller=Schedule(7, 0, 1, 0, 3))
     give_pages(monkeypatch, engine, 20)
     actual = engine.generate(GROUPS, config(GREEDY), seed=SEED)
@@ -135,10 +135,10 @@ def test_rows_pause_with_rounds_in_flight(
     monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, gamma: int, ahead: int
 ) -> None:
     """Prevents a row from being taken down before the host has read what it has drawn."""
-    expected = make_engine(model, gamma).generate(GROUPS, config(SAMPLED), seed=SEED)
+    expected = reference_engine(model, gamma=gamma).generate(GROUPS, config(SAMPLED), seed=SEED)
     monkeypatch.setitem(engine_module.ROUNDS_AHEAD, "cpu", ahead)
     for num_pages in (LONGEST, 20):
-        engine = make_engine(model, gamma)
+        engine = shared_engine(model, gamma=gamma)
         give_pages(monkeypatch, engine, num_pages)
         actual = engine.generate(GROUPS, config(SAMPLED), seed=SEED, keep=True)
         assert_same(actual, expected)
@@ -182,9 +182,9 @@ def test_conversations_go_on_from_what_there_was_room_to_keep(
         preempt(self, row)
 
     monkeypatch.setattr(Rollout, "_preempt", watched)
-    expected, _ = converse(make_engine(model), config(law), keep=False)
+    expected, _ = converse(reference_engine(model), config(law), keep=False)
     for num_pages in (26, 40, 80):
-        engine = make_engine(model)
+        engine = shared_engine(model)
         give_pages(monkeypatch, engine, num_pages)
         actual, stats = converse(engine, config(law), keep=True)
         assert actual == expected

@@ -5,7 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from conversations import GREEDY, PAGES, PROMPTS, SAMPLED, converse, make_engine, next_prompts
+from conversations import (
+    GREEDY,
+    PAGES,
+    PROMPTS,
+    SAMPLED,
+    converse,
+    make_engine,
+    next_prompts,
+    reference_engine,
+    shared_engine,
+)
 from tiny_models import Schedule, force_page_size, ragged_prompts, tiny_model
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -53,9 +63,9 @@ def test_reuse_changes_no_token(
     """Prevents keys of another row, of a rejected draft or of a former answer from being taken for a prompt's."""
     force_page_size(monkeypatch, page_size)
     values: dict[str, Any] = {"verification": verification, "max_batch_size": max_batch_size}
-    expected, without = converse(make_engine(model, **values), config, keep=False)
+    expected, without = converse(reference_engine(model, **values), config, keep=False)
     assert len({len(row) for row in expected[0]}) > 3, "rows must end at different times"
-    reused, stats = converse(make_engine(model, **values), config, keep=True)
+    reused, stats = converse(shared_engine(model, **values), config, keep=True)
     assert reused == expected
     assert without.reused_prompt_tokens == 0 < stats.reused_prompt_tokens
 
@@ -69,15 +79,15 @@ def test_reuse_changes_no_token_in_other_architectures(
     """Prevents a sliding window, a soft-cap or positions that start anew behind the kept keys."""
     force_page_size(monkeypatch, page_size)
     model = tiny_model(family)
-    expected, _ = converse(make_engine(model), GREEDY, keep=False)
-    reused, stats = converse(make_engine(model), GREEDY, keep=True)
+    expected, _ = converse(reference_engine(model), GREEDY, keep=False)
+    reused, stats = converse(shared_engine(model), GREEDY, keep=True)
     assert reused == expected
     assert stats.reused_prompt_tokens > 0
 
 
 def test_reuse_holds_whatever_the_rounds_were(model: PreTrainedModel) -> None:
     """Prevents the keys of provisional drafts from being kept after a plain, a short or a long last round."""
-    expected, _ = converse(make_engine(model), GREEDY, keep=False)
+    expected, _ = converse(reference_engine(model), GREEDY, keep=False)
     for schedule in ([0], [7], [0, 5, 1]):
         engine = make_engine(model, gamma=7, controller=Schedule(*schedule))
         assert converse(engine, GREEDY, keep=True)[0] == expected
@@ -90,7 +100,7 @@ def test_only_what_is_new_is_computed(
 ) -> None:
     """Prevents forwards over tokens whose keys are there: the price of a long conversation."""
     force_page_size(monkeypatch, page_size)
-    engine, prompts = make_engine(model, gamma), PROMPTS
+    engine, prompts = shared_engine(model, gamma=gamma), PROMPTS
     for turn in range(3):
         output = engine.generate(prompts, GREEDY, keep=True)
         known = {tuple(prompt + new) for prompt, new in zip(prompts, output.completion_ids, strict=True)}
@@ -107,7 +117,7 @@ def test_only_what_is_new_is_computed(
 
 def continuation(model: PreTrainedModel, same: int) -> tuple[SelfSpecEngine, list[int], int]:
     """An engine that keeps one row, and a prompt that shares exactly its first `same` tokens."""
-    engine, prompt = make_engine(model), PROMPTS[0]
+    engine, prompt = shared_engine(model), PROMPTS[0]
     row = prompt + engine.generate([prompt], GREEDY, keep=True).completion_ids[0]
     same = min(same, len(row))
     other = [3 + (token + 1) % 90 for token in row[same : same + 1]]
@@ -122,7 +132,7 @@ def test_a_changed_tail_reuses_the_common_part_alone(
     """A chat template that renders an earlier turn anew, or a tool's answer that was cut, changes the tail."""
     force_page_size(monkeypatch, page_size)
     engine, prompt, known = continuation(model, same)
-    expected = make_engine(model).generate([prompt], GREEDY).completion_ids
+    expected = reference_engine(model).generate([prompt], GREEDY).completion_ids
     output = engine.generate([prompt], GREEDY, keep=True)
     assert output.completion_ids == expected
     assert output.stats.reused_prompt_tokens == known
@@ -134,10 +144,10 @@ def test_several_prompts_may_go_on_from_one_row(
 ) -> None:
     """Prevents two rows from writing to the page in which their common part ends."""
     force_page_size(monkeypatch, page_size)
-    engine = make_engine(model)
+    engine = shared_engine(model)
     rows = [a + b for a, b in zip(PROMPTS, engine.generate(PROMPTS, GREEDY, keep=True).completion_ids, strict=True)]
     branches = [rows[2][:cut] + tail for cut in (7, 19, 22, 19) for tail in ([5, 6], [7, 8, 9])]
-    expected = make_engine(model).generate(branches, GREEDY).completion_ids
+    expected = reference_engine(model).generate(branches, GREEDY).completion_ids
     output = engine.generate(branches, GREEDY, keep=True)
     assert output.completion_ids == expected
     assert output.stats.reused_prompt_tokens == 2 * (7 + 19 + 22)  # equal prompts are filled once
@@ -147,10 +157,10 @@ def test_a_long_continuation_is_computed_in_pieces(
     monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, prefilled: list[int]
 ) -> None:
     """Prevents a mask of (new tokens x all tokens) that outgrows the memory after a long tool answer."""
-    engine = make_engine(model)
+    engine = shared_engine(model)
     completions = engine.generate(PROMPTS, GREEDY, keep=True).completion_ids
     prompts = [a + b + c for a, b, c in zip(PROMPTS, completions, ragged_prompts([40, 2, 9, 1] * 2), strict=True)]
-    expected = make_engine(model).generate(prompts, GREEDY).completion_ids
+    expected = reference_engine(model).generate(prompts, GREEDY).completion_ids
     prefilled.clear()
     monkeypatch.setattr(rollout, "PREFILL_SCORES", 1500)
     assert engine.generate(prompts, GREEDY, keep=True).completion_ids == expected
@@ -164,10 +174,10 @@ def test_padding_beyond_all_keys_cannot_poison(monkeypatch: pytest.MonkeyPatch) 
     rows = ragged_prompts([40, 4])
     for page_size in (None, 4):
         force_page_size(monkeypatch, page_size)
-        engine = make_engine(model)
+        engine = shared_engine(model)
         completions = engine.generate(rows, GREEDY, keep=True).completion_ids
         prompts = [a + b + c for a, b, c in zip(rows, completions, ragged_prompts([1, 30]), strict=True)]
-        expected = make_engine(model).generate(prompts, GREEDY).completion_ids
+        expected = reference_engine(model).generate(prompts, GREEDY).completion_ids
         assert engine.generate(prompts, GREEDY, keep=True).completion_ids == expected
         for layer in engine.prefix_cache.cache.pages_of:  # type: ignore[union-attr]
             assert layer.keys.isfinite().all()
@@ -176,10 +186,10 @@ def test_padding_beyond_all_keys_cannot_poison(monkeypatch: pytest.MonkeyPatch) 
 
 def test_equal_prompts_of_a_later_turn_share_what_is_kept(model: PreTrainedModel, prefilled: list[int]) -> None:
     """Prevents a group that goes on from one conversation from filling its prompt once per sample."""
-    engine = make_engine(model, verification="coupled")
+    engine = shared_engine(model, verification="coupled")
     row = PROMPTS[2] + engine.generate([PROMPTS[2]], SAMPLED, seed=0, keep=True).completion_ids[0]
     prompts = [[*row, 5, 6]] * 6
-    expected = make_engine(model, verification="coupled").generate(prompts, SAMPLED, seed=1).completion_ids
+    expected = reference_engine(model, verification="coupled").generate(prompts, SAMPLED, seed=1).completion_ids
     prefilled.clear()
     output = engine.generate(prompts, SAMPLED, seed=1, keep=True)
     assert output.completion_ids == expected
@@ -260,7 +270,7 @@ def test_a_broken_reuse_is_noticed(
     monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, sabotage: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
     """Negative controls: the comparison of conversations sees each of these."""
-    expected, _ = converse(make_engine(model), GREEDY, keep=False)
+    expected, _ = converse(reference_engine(model), GREEDY, keep=False)
     sabotage(monkeypatch)
     broken, _ = converse(make_engine(model), GREEDY, keep=True)
     assert broken[1:] != expected[1:]

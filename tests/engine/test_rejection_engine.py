@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from laws import FALSE_ALARM, chi_square, joint_counts, joint_law, mutant
-from tiny_models import Schedule, spoil, tiny_model
+from tiny_models import Schedule, built_once, spoil, tiny_model
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
@@ -31,7 +31,7 @@ EOS = 0
 ENDED = VOCAB  # the outcome of a position behind the end
 TOKENS = 3
 PROMPT = [3, 5]
-ROWS = 20_000
+ROWS = 8_000
 FEWER_ROWS = 6_000  # for negative controls
 ROWS_BY_ROW = 2_000  # where processors run row by row
 ROW_BY_ROW = {"no_repeat_ngram_size", "exponential_decay_length_penalty", "begin_suppress_tokens"}
@@ -82,6 +82,7 @@ def model() -> PreTrainedModel:
     return tiny_model("llama", std=0.3, **sizes, **heads)
 
 
+@built_once
 def make_engine(model: PreTrainedModel, *draft_lengths: int, verification: str = "rejection") -> SelfSpecEngine:
     options = SelfSpecOptions(draft_qtype="qint8", verification=verification)  # type: ignore[arg-type]
     engine = SelfSpecEngine(model, options, controller=Schedule(*draft_lengths))

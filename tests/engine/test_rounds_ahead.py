@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from simulated_machine import LOSING, Machine
-from tiny_models import Schedule, force_page_size, ragged_prompts, spoil, tiny_model
+from tiny_models import Schedule, built_once, force_page_size, ragged_prompts, spoil, tiny_model
 from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec import SelfSpecEngine, SelfSpecOptions
@@ -31,6 +31,7 @@ def model() -> PreTrainedModel:
     return tiny_model("qwen2")
 
 
+@built_once
 def make_engine(model: PreTrainedModel, schedule: tuple[int, ...], **options: Any) -> SelfSpecEngine:
     made = SelfSpecEngine(
         model,
