@@ -133,7 +133,7 @@ def test_the_engine_speculates_with_them() -> None:
     prompts = ragged_prompts([3, 7])
     output = engine.generate(prompts, GenerationConfig(max_new_tokens=5, do_sample=False), seed=0)
     assert output.stats.num_draft_tokens > 0 and output.stats.alpha > 0
-    assert not engine._kept.cache.storage_in_rounds, "captured rounds would not outlive their pages"
+    assert not engine.prefix_cache.cache.storage_in_rounds, "captured rounds would not outlive their pages"
     for prompt, tokens in zip(prompts, output.completion_ids, strict=True):
         ids = torch.tensor([prompt + tokens], device=DEVICE)
         with torch.no_grad():

@@ -118,7 +118,14 @@ def weights_followed_without_notice(engine: SelfSpecEngine, monkeypatch: pytest.
     engine.refresh()
 
 
-@pytest.mark.parametrize("sabotage", [a_seed_that_moves, weights_followed_without_notice])
+def storage_moved_without_notice(engine: SelfSpecEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PagedCache, "rounds_outdated", lambda self: False)
+    engine.release()
+
+
+@pytest.mark.parametrize(
+    "sabotage", [a_seed_that_moves, weights_followed_without_notice, storage_moved_without_notice]
+)
 def test_what_a_graph_must_not_do_is_noticed(monkeypatch: pytest.MonkeyPatch, sabotage: Callable):
     """Negative control: a recording that follows whatever changes would prove nothing."""
     model = tiny_model("qwen2")

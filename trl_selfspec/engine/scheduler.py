@@ -106,7 +106,6 @@ class Admission:
         """Whether this request can be admitted now, as the next row. If so, its pages count as taken."""
         cache, row = self._prefix_cache.cache, self._scheduler.num_active
         owner = self._scheduler.prefix_owner(request.prompt)
-        spare = {source for source, num_tokens in self.cached.values() if num_tokens}
         while True:
             if owner is not None:
                 source, num_tokens = owner, len(request.prompt) - 1
@@ -115,6 +114,7 @@ class Admission:
             needed = 0 if cache.dense else self._needed_pages(request, num_tokens)
             if cache.dense or self._promised + needed + row <= cache.num_free:
                 break
+            spare = {source for source, num_tokens in self.cached.values() if num_tokens}
             own = {source} if owner is None and num_tokens else set()
             if not (self._prefix_cache.evict(spare | own) or self._prefix_cache.evict(spare)):
                 return False
