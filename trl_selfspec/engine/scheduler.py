@@ -57,9 +57,9 @@ class Scheduler:
         last = len(self.active) - 1
         for moved in {row, last}:
             del self._rows_by_prompt[self.active[moved].prompt][moved]
-        for values in (self.active, self.lengths, self._admission_order):
-            values[row] = values[last]
-            del values[last]
+        self.active[row], self.lengths[row] = self.active[last], self.lengths[last]
+        self._admission_order[row] = self._admission_order[last]
+        del self.active[last], self.lengths[last], self._admission_order[last]
         if row != last:
             self._rows_by_prompt[self.active[row].prompt][row] = None
         return last
