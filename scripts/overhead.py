@@ -21,6 +21,7 @@ import torch
 from bench.report import provenance, spread
 from trl import GRPOTrainer
 
+from trl_selfspec.drafter.drafter import DrafterManager
 from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.trainer.metrics import RolloutBar
 from trl_selfspec.trainer.mixin import SelfSpecMixin
@@ -33,13 +34,12 @@ import grpo_math
 
 LIMIT = 0.03  # of a step
 OWNERS = ("rollout", "refresh", "ours", "trl")
-ENGINE = {
-    "generate": "rollout",
-    "release": "rollout",
-    "refresh": "refresh",
-    "_drafter_of_due_form": "refresh",
-    "_requantize": "refresh",
-}
+ENGINE = (
+    (SelfSpecEngine, "generate", "rollout"),
+    (SelfSpecEngine, "release", "rollout"),
+    (SelfSpecEngine, "refresh", "refresh"),
+    (DrafterManager, "prepare", "refresh"),
+)
 
 
 class Ledger:
@@ -70,8 +70,8 @@ class Ledger:
 
     def watch(self) -> None:
         """Wraps the engine, our trainer, and what our trainer overrides."""
-        for name, owner in ENGINE.items():
-            setattr(SelfSpecEngine, name, self.owned(getattr(SelfSpecEngine, name), owner))
+        for cls, name, owner in ENGINE:
+            setattr(cls, name, self.owned(getattr(cls, name), owner))
         for cls in (SelfSpecMixin, SelfSpecGRPOTrainer, RolloutBar):
             for name, method in list(vars(cls).items()):
                 if not isinstance(method, FunctionType):

@@ -1,8 +1,6 @@
 """What every test gets: one thread, a fixed global seed, no network; GPU tests only where there is a GPU."""
 
 import os
-from collections.abc import Iterator
-from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test that needs the Hub is a mistake
@@ -29,20 +27,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def fixed_global_seed() -> None:
     """Prevents a test whose outcome depends on which tests ran before it."""
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def backend_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """The file in which the choice of backends is kept, which is not there yet; nothing has been warned of."""
-    from trl_selfspec.drafter import autotune as choosing
-    from trl_selfspec.drafter import linear_backends as backends
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(choosing, "_known", {})
-    choosing._warn.cache_clear()
-    backends._warn_of_dequantizing.cache_clear()
-    with torch.no_grad():
-        yield tmp_path / "trl_selfspec" / "backends.json"
 
 
 @pytest.fixture(params=["avx2", "avx512_bf16"])

@@ -124,7 +124,7 @@ def spoil(engine: SelfSpecEngine, noise: float, seed: int = 0) -> None:
         weight = replica.model.get_submodule(name).weight
         error = torch.randn(weight.shape, generator=generator).to(weight)
         module.requantize_(weight + noise * weight.std() * error)
-    engine._drafter, engine._drafter_version = drafter, engine._wanted_version
+    engine.drafter.module, engine.drafter.version = drafter, engine.drafter.wanted_version
 
 
 def force_page_size(monkeypatch: pytest.MonkeyPatch, page_size: int | None) -> None:

@@ -186,7 +186,7 @@ class OwnEngine:
 
     def requantize_s(self, repeats: int = 3) -> list[float]:
         """Seconds of quantizing all weights into the drafter that is there; empty where nothing was ever drafted."""
-        if (drafter := self.engine._drafter) is None:
+        if (drafter := self.engine.drafter.module) is None:
             return []
         self.model.requires_grad_(True)  # frozen weights are not quantized again
         seconds = []

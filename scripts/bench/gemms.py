@@ -15,8 +15,9 @@ from bench.device import Stopwatch, copy_bytes_per_s
 from bench.report import spread
 from bench.workload import preset_config
 from trl_selfspec.drafter import linear_backends as backends
-from trl_selfspec.drafter.linear_backends import Backend
-from trl_selfspec.drafter.quantized_linear import QTYPES, QuantizedLinear
+from trl_selfspec.drafter.linear_backends import DequantizedPerCall, LinearBackend
+from trl_selfspec.drafter.quantized_linear import QuantizedLinear
+from trl_selfspec.drafter.quantized_weight import QTYPES
 from trl_selfspec.kernels.triton_support import errors
 
 
@@ -65,7 +66,7 @@ def microseconds(linears: list[Callable[[Tensor], Tensor]], k: int, rows: list[i
     return result
 
 
-def make_layers(n: int, k: int, qtype: str, backend: Backend, count: int) -> list[QuantizedLinear]:
+def make_layers(n: int, k: int, qtype: str, backend: type[LinearBackend], count: int) -> list[QuantizedLinear]:
     """Layers that have a backend alone."""
     layers = []
     weight = torch.randn(n, k, dtype=DTYPE, device="cuda")
@@ -89,14 +90,14 @@ def time_shape(n: int, k: int, rows: list[int], repeats: int, bytes_per_s: float
     del weights, linears
     for qtype in QTYPES:
         probe = QuantizedLinear(k, n, None, qtype, DTYPE, "cuda")
-        num_bytes = sum(getattr(probe, name).nbytes for name in probe.storage_names)
+        num_bytes = sum(buffer.nbytes for buffer in probe.quantized.buffers())
         floor = 1e6 * num_bytes / bytes_per_s
-        for backend in backends.BACKENDS[:-1]:
-            if backend.supports(probe):
-                name, fitting = f"{qtype} {backend.name}", [m for m in rows if m <= (backend.max_rows or m)]
+        for backend in backends.BACKENDS:
+            if backend is not DequantizedPerCall and backend.supports(probe.quantized):
+                name = f"{qtype} {backend.name}"
                 try:
                     layers = make_layers(n, k, qtype, backend, max(1, math.ceil(COLD_BYTES / num_bytes)))
-                    timed = microseconds([layer.forward for layer in layers], k, fitting, repeats)
+                    timed = microseconds([layer.forward for layer in layers], k, rows, repeats)
                     result[name] = {"floor": floor, **timed}
                 except errors():
                     result[name] = _failed(f"{name} {n} x {k}")

@@ -87,17 +87,18 @@ def test_the_engine_samples_from_a_4_bit_policy_and_follows_it() -> None:
         engine.refresh()
 
 
-def test_live_adapters_run_on_the_dequantized_base() -> None:
-    """Prevents a drafter of codes, or of the merged weight with the adapter on top once more."""
+def test_a_drafter_has_the_dequantized_base_and_the_adapter() -> None:
+    """Prevents a drafter of codes, or of the base alone."""
     policy = in_4_bits(torch.float32, {})
     target = PolicyReplica(policy)
-    tree = make_drafter(target, "qint8", live_adapters=True)
+    tree = make_drafter(target, "qint8")
     requantize(tree, target)
-    layer = tree.get_submodule("model.layers.0.self_attn.q_proj")
-    merged = target.model.get_submodule("model.layers.0.self_attn.q_proj").weight
-    apart = layer.dequantize() + layer.up @ layer.down
-    assert difference(apart, merged) < 0.02 * merged.abs().max()
-    assert difference(layer.dequantize(), merged) > 0.1 * merged.abs().max(), "negative control"
+    name = "model.layers.0.self_attn.q_proj"
+    merged, ours = target.model.get_submodule(name).weight, tree.get_submodule(name).weight
+    assert difference(ours, merged) < 0.02 * merged.abs().max()
+    policy.base_model.disable_adapter_layers()
+    target.refresh()
+    assert difference(ours, merged) > 0.1 * merged.abs().max(), "negative control: without the adapter"
 
 
 def test_8_bit_layers_are_refused() -> None:

@@ -6,17 +6,19 @@ from adapted import adapted, stir
 from decoding import decoded, relative_error, without_fast_forwards
 from tiny_models import ragged_prompts, scale_weights, tiny_model
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import GenerationConfig
 from triton_cases import DEVICE, forced
 
 from trl_selfspec.drafter.drafter import (
-    LiveLoraLinear,
     QuantizedRows,
     drafter_bytes,
     make_drafter,
     quantized_layers,
     requantize,
 )
+from trl_selfspec.drafter.linear_backends import TritonInt4
+from trl_selfspec.drafter.quantized_linear import QuantizedLinear
 from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.kernels import triton_support as gpu
 from trl_selfspec.options import SelfSpecOptions
@@ -33,11 +35,11 @@ def _kernels_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     forced(monkeypatch)
 
 
-def drafter(replica: PolicyReplica, qtype: str = "qint8", joined: bool = True, live: bool = False) -> nn.Module:
+def drafter(replica: PolicyReplica, qtype: str = "qint8", joined: bool = True) -> nn.Module:
     with pytest.MonkeyPatch.context() as patch:
         if not joined:
             patch.setattr(gpu, "runs_triton", lambda device: False)
-        tree = make_drafter(replica, qtype, live_adapters=live)
+        tree = make_drafter(replica, qtype)
         requantize(tree, replica)
         return tree
 
@@ -100,9 +102,9 @@ def test_a_part_is_quantized_when_it_changed(monkeypatch: pytest.MonkeyPatch) ->
     tree, calls = drafter(replica), []
     original = QuantizedRows.requantize_
 
-    def recorded(part: QuantizedRows, weight: Tensor, derive: bool = True) -> None:
+    def recorded(part: QuantizedRows, weight: Tensor, repack: bool = True) -> None:
         calls.append(part)
-        original(part, weight, derive)
+        original(part, weight, repack)
 
     monkeypatch.setattr(QuantizedRows, "requantize_", recorded)
     stir(policy, seed=5)
@@ -114,15 +116,18 @@ def test_a_part_is_quantized_when_it_changed(monkeypatch: pytest.MonkeyPatch) ->
     assert drafter_bytes(tree) == drafter_bytes(drafter(replica, joined=False)) + biases
 
 
-def test_layers_with_live_adapters_stay_alone() -> None:
-    """Each has factors of its own."""
-    replica = PolicyReplica(adapted(target_modules=["q_proj", "v_proj"]).to(DEVICE))
-    tree = drafter(replica, live=True)
-    assert [len(parts) for parts in wholes(tree).values()] == [2, 2]
-    assert sum(isinstance(module, LiveLoraLinear) for module in tree.modules()) == 4
-    actual = decoded(tree, 1, 2, PAGE)
-    apart = without_fast_forwards(drafter(replica, joined=False, live=True))  # type: ignore[arg-type]
-    assert relative_error(actual, decoded(apart, 1, 2, PAGE)) <= TOLERANCE
+@pytest.mark.parametrize("rows", [1, 5, 600])
+def test_the_int4_backend_multiplies_by_the_quantized_weight(rows: int) -> None:
+    """More rows than the kernel is made for go by the dequantized weight, unseen. Negative control: no bias."""
+    dtype, bias = torch.float16, nn.Parameter(10 * torch.randn(70, device=DEVICE).half(), requires_grad=False)
+    layer = QuantizedLinear(160, 70, bias, "qint4", dtype, DEVICE, TritonInt4)
+    x = torch.randn(2, rows, 160, device=DEVICE).to(dtype)
+    for scale in (1.0, 3.0):
+        layer.requantize_(scale * torch.randn(70, 160, device=DEVICE))
+        product, y = F.linear(x.double(), layer.dequantize().double()), layer(x).double()
+        assert y.shape == (2, rows, 70)
+        assert (y - product - bias.double()).norm() < 1e-3 * product.norm()
+        assert (y - product).norm() > 1e-2 * product.norm()
 
 
 def test_the_engine_speculates_with_them() -> None:

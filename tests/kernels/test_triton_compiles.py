@@ -110,10 +110,12 @@ pointers = {"gate": x, "up": x, "out": x}
 compiled(elementwise._silu_mul, pointers, constants, (), ("gate_row", "up_row"), num_warps=4)
 """
 SPECIALISED = """
+import pkgutil
 from importlib import import_module
+from trl_selfspec.kernels import triton as kernels
 
-for module in ("attention", "codes", "elementwise", "linear", "quantize", "rejection", "sampling"):
-    for kernel in vars(import_module(f"trl_selfspec.kernels.triton.{module}")).values():
+for module in pkgutil.iter_modules(kernels.__path__, kernels.__name__ + "."):
+    for kernel in vars(import_module(module.name)).values():
         if isinstance(kernel, triton.JITFunction) and "program_id(0)" in kernel.src:
             print(*(p.name for p in kernel.params if not p.is_constexpr and not p.do_not_specialize))
 """
@@ -127,23 +129,19 @@ def storage(addresses, which: tl.constexpr, DTYPE: tl.constexpr):
 attention.storage = storage
 """
 LINEAR = """
-from trl_selfspec.kernels.triton.linear import NUM_WARPS, STAGES, _linear_8bit, _linear_int4, num_splits, tiling
+from trl_selfspec.kernels.triton.int4_linear import NUM_WARPS, STAGES, _linear_int4, num_splits, tiling
 
-def compiled_linear(kernel, dtype, n, k, rows, weights, warps=NUM_WARPS, **constants):
+def compiled_linear(dtype, n, k, rows, warps=NUM_WARPS):
     splits = num_splits(n, k // 128)
     tile_m, tile_n = tiling(rows, n, splits)
-    constants |= {"SPLITS": splits, "STEP": 128, "WHOLE": True, "BIAS": True, "TILE_M": tile_m, "TILE_N": tile_n}
-    constants |= {"STAGES": STAGES, "ASSEMBLER": True}
+    constants = {"SPLITS": splits, "STEP": 128, "WHOLE": True, "BIAS": True, "TILE_M": tile_m, "TILE_N": tile_n}
+    constants |= {"GROUP": 128, "STAGES": STAGES, "ASSEMBLER": True}
     pointers = {name: "*" + dtype for name in ("x", "bias", "out")} | {"sums": "*fp32", "counters": "*i32"}
-    return compiled(kernel, pointers | weights, constants, aligned=("N", "K"), num_warps=warps)
-
-INT4 = {"packed": "*u8", "scale_shift": "*i32"}
+    pointers |= {"packed": "*u8", "scale_shift": "*i32"}
+    return compiled(_linear_int4, pointers, constants, aligned=("N", "K"), num_warps=warps)
 """
-ALL_LINEAR = """
-dtype, n, k, rows = sys.argv[2], *map(int, sys.argv[3:6])
-compiled_linear(_linear_int4, dtype, n, k, rows, INT4, GROUP=128)
-for fp8 in (False, True):
-    compiled_linear(_linear_8bit, dtype, n, k, rows, {"codes": "*u8", "scale": "*" + dtype}, FP8=fp8)
+ONE_LINEAR = """
+compiled_linear(sys.argv[2], *map(int, sys.argv[3:6]))
 """
 INSTRUCTIONS = """
 n, k = 3584, 18944
@@ -162,19 +160,8 @@ def longest_loop(binary):
 for rows in map(int, sys.argv[2].split()):
     step = 128 * tiling(rows, n, num_splits(n, k // 128))[1]
     for warps in map(int, sys.argv[3].split()):
-        binary = compiled_linear(_linear_int4, "bf16", n, k, rows, INT4, warps, GROUP=128)
+        binary = compiled_linear("bf16", n, k, rows, warps)
         print("loop", longest_loop(binary) * 32 * warps / step)
-"""
-QUANTIZE = """
-from trl_selfspec.kernels.triton.quantize import BYTES_AT_ONCE, COLUMNS_AT_ONCE, _quantize_4bit, _quantize_8bit
-
-source, dtype = sys.argv[2:4]
-constants = {"SIZE": 128, "BYTES": 64, "GROUPS": BYTES_AT_ONCE // 64, "WHOLE": True}
-pointers = {"weight": "*" + source, "packed": "*u8", "scale_shift": "*" + dtype}
-compiled(_quantize_4bit, pointers, constants, aligned=("num_weights_per_row", "row_stride"))
-for fp8 in (False, True):
-    pointers = {"weight": "*" + source, "codes": "*u8", "scales": "*" + dtype}
-    compiled(_quantize_8bit, pointers, {"BLOCK": COLUMNS_AT_ONCE, "FP8": fp8}, aligned=("K", "row_stride"))
 """
 
 
@@ -248,9 +235,9 @@ def test_what_lies_between_products_compiles(capability: str, dtype: str, hidden
     ("dtype", "n", "k", "rows"),
     [("bf16", 3584, 18944, 8), ("bf16", 152064, 3584, 8), ("fp16", 152064, 3584, 16), ("fp16", 3584, 18944, 32)],
 )
-def test_linear_layers_compile(capability: str, dtype: str, n: int, k: int, rows: int, usage):
+def test_int4_layers_compile(capability: str, dtype: str, n: int, k: int, rows: int, usage):
     """Narrow and wide tiles, few and more rows: on tensor cores, weights copied ahead, nothing spilled."""
-    for shared, tensor_cores, spilled, copies_ahead in usage(LINEAR + ALL_LINEAR, capability, dtype, n, k, rows):
+    for shared, tensor_cores, spilled, copies_ahead in usage(LINEAR + ONE_LINEAR, capability, dtype, n, k, rows):
         assert shared <= SMALLEST_SHARED_MEMORY and tensor_cores and copies_ahead and spilled <= SPILLED
 
 
@@ -263,10 +250,3 @@ def test_int4_weights_take_few_instructions(lines):
     bounds = 2.4, 3.1, 4.3
     assert all(few <= most for few, most in zip(ours, bounds, strict=True))
     assert all(many > most for many, most in zip(others, bounds, strict=True)), "negative control: four warps"
-
-
-@pytest.mark.parametrize("capability", ["80", "90"])
-@pytest.mark.parametrize(("source", "dtype"), [("fp32", "bf16"), ("fp16", "fp16")])
-def test_quantization_compiles(capability: str, source: str, dtype: str, usage):
-    for shared, _, spilled, _ in usage(QUANTIZE, capability, source, dtype):
-        assert shared <= SMALLEST_SHARED_MEMORY and spilled == 0

@@ -55,7 +55,7 @@ def rollout(family: str, law: str, verification: str) -> Rollout:
         requests, BatchedLogitsProcessor.from_generation_config(model, config, "cpu"), 0, None, False
     )
     made._admit()
-    made.prepare_drafter()
+    made._draft_with_current_weights()
     return made
 
 

@@ -1,10 +1,9 @@
-"""The drafter: the target replica's tree with quantized Linear layers.
+"""The drafter: the target replica's module tree with quantized Linear layers, and what keeps it current.
 
-Its weights come in two forms. Merged: the target's weights are quantized anew after every change. Live, for LoRA: the
-frozen base is quantized once, and the active adapters run on top in the layer's dtype. A change of the adapters then
-costs a copy of a few kilobytes, but every draft step two more small products per layer. `forms.py` chooses.
+Everything but the Linear weights is shared with the replica. The weights are quantized from the replica's effective
+ones, adapters merged, after every change.
 
-On GPUs, merged projections of one input are rows of one quantized layer. Each row has scales of its own, so this
+On GPUs, the projections of one input are output rows of one quantized layer. Each row has scales of its own, so this
 changes no code; under their own names they are still there, to be quantized one by one.
 """
 
@@ -14,56 +13,101 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trl_selfspec import kernels
 from trl_selfspec.drafter.quantized_linear import QuantizedLinear
+from trl_selfspec.drafter.quantized_weight import make_quantized_weight
 from trl_selfspec.kernels import triton_support as gpu
 from trl_selfspec.policy.fused_layers import joinable_projections
-from trl_selfspec.policy.peft_weights import effective_tensor, find_module, frozen_state, inner_module, lora_factors
+from trl_selfspec.policy.peft_weights import find_module, frozen_state
 from trl_selfspec.policy.replica import PolicyReplica, ReplicaLinear
+from trl_selfspec.utils import Clock
 
 
-class LiveLoraLinear(QuantizedLinear):
-    """A quantized base with unmerged adapters on top: `x W^T + (x A^T) B^T`."""
+TIMED_CALLS = 3  # the first one imports quanto
 
-    down: Tensor | None = None  # A: (R, in)
-    up: Tensor | None = None  # B times the scaling: (out, R)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.dtype)
-        y = super().forward(x)
-        if self.down is None:
-            return y
-        assert self.up is not None
-        return y + kernels.linear(kernels.linear(x, self.down), self.up)
+class DraftError(RuntimeError):
+    """The drafter could not be built, or failed in a draft step; plain rounds need none."""
+
+
+class DrafterManager:
+    """Owns the drafter of one replica: builds it when it is first needed, requantizes it when weights have changed.
+
+    A rollout that never speculates never pays for a drafter.
+
+    Args:
+        replica: the target replica.
+        qtype: quanto's name of the weights' type.
+
+    Attributes:
+        module: the drafter; `None` until it was first needed.
+        version: the replica's, of the weights that `module` has; `None` where it has none yet.
+        wanted_version: the replica's, of the weights that the next draft should have.
+    """
+
+    def __init__(self, replica: PolicyReplica, qtype: str) -> None:
+        self.replica, self.qtype = replica, qtype
+        self.module: PreTrainedModel | None = None
+        self.version: int | None = None
+        self.wanted_version = replica.version
+
+    def request_update(self) -> None:
+        """Has the replica's present weights quantized before the next draft; until then older ones may draft."""
+        self.wanted_version = self.replica.version
 
     @property
-    def weight(self) -> Tensor:
-        base = self.dequantize()
-        return base if self.down is None or self.up is None else base + self.up @ self.down
+    def is_current(self) -> bool:
+        """Whether it has the weights that were last asked for."""
+        return self.version == self.wanted_version
 
-    @property
-    def kernel(self) -> None:
-        """None: it does not know of adapters."""
+    def prepare(self) -> tuple[float, bool]:
+        """Builds and requantizes what is due.
 
-    def follow(self, factors: tuple[Tensor, Tensor] | None) -> bool:
-        """Takes over adapters, in place unless their rank changed; `None` removes them.
+        Returns:
+            Seconds it took, and whether the drafter was there before.
 
-        Returns whether it computes with other tensors than before.
+        Raises:
+            DraftError: it can't be built or quantized. Later calls try again.
         """
-        if factors is None:
-            had = self.down is not None
-            self.down = self.up = None
-            return had
-        if self.down is not None and self.up is not None and self.down.shape == factors[0].shape:
-            self.down.copy_(factors[0])
-            self.up.copy_(factors[1])
-            return False
-        self.down, self.up = (factor.detach().to(self.dtype, copy=True).contiguous() for factor in factors)
-        return True
+        was_there = self.module is not None
+        clock = Clock(self.replica.embeddings.device)
+        clock.mark()
+        try:
+            self._update()
+        # The one broad except of this folder. What is built here is any model's own code with other layers in it,
+        # quantized by quanto, compiled by Triton or humming: their errors share no class. Whatever they raise must
+        # not end a training run that plain rounds can go on with; it is told in a warning and stays the cause.
+        except Exception as error:
+            self.module = self.version = None
+            raise DraftError(f"{type(error).__name__}: {error}") from error
+        clock.mark()
+        return clock.laps()[0], was_there
+
+    def _update(self) -> None:
+        if self.module is None:
+            self.module = make_drafter(self.replica, self.qtype)
+        if not self.is_current:
+            requantize(self.module, self.replica)
+            self.version = self.wanted_version
+
+    @torch.no_grad()
+    def estimate_seconds(self) -> float:
+        """What quantizing all weights should take, from one of middle size."""
+        sizes = [module.weight for module in self.replica.model.modules() if isinstance(module, ReplicaLinear)]
+        if not sizes:
+            return 0.0
+        like = sorted(sizes, key=torch.numel)[len(sizes) // 2]
+        sample = make_quantized_weight(self.qtype, *like.shape, like.dtype, like.device)
+        zeros, clock = torch.zeros_like(like), Clock(like.device)
+        clock.mark()
+        for _ in range(TIMED_CALLS):
+            sample.quantize_(zeros)
+            clock.mark()
+        return min(clock.laps()) * sum(map(torch.numel, sizes)) / like.numel()
 
     @property
     def nbytes(self) -> int:
-        return super().nbytes + sum(factor.nbytes for factor in (self.down, self.up) if factor is not None)
+        """Bytes the drafter holds beyond what it shares with the target; 0 until it first drafts."""
+        return 0 if self.module is None else drafter_bytes(self.module)
 
 
 class QuantizedRows(nn.Module):
@@ -89,12 +133,9 @@ class QuantizedRows(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.whole(x)[..., self.rows]
 
-    def requantize_(
-        self,
-        weight: Tensor,  # (out_features, in_features)
-        derive: bool = True,
-    ) -> None:
-        self.whole.requantize_(weight, self.first_row, derive)
+    def requantize_(self, weight: Tensor, repack: bool = True) -> None:
+        """`QuantizedLinear.requantize_` of its own rows; `weight` is `(out_features, in_features)`."""
+        self.whole.requantize_(weight, self.first_row, repack)
 
     @torch.no_grad()
     def copy_bias_(self, bias: Tensor | None) -> None:
@@ -104,36 +145,23 @@ class QuantizedRows(nn.Module):
             self.whole.bias[self.rows].copy_(bias)
 
 
-def make_drafter(replica: PolicyReplica, qtype: str, live_adapters: bool = False) -> PreTrainedModel:
+def make_drafter(replica: PolicyReplica, qtype: str) -> PreTrainedModel:
     """The target replica's tree and tensors with a `QuantizedLinear` for every Linear layer; fill it by `requantize`.
 
-    Args:
-        replica: the target replica.
-        qtype: quanto's name of the weights' type.
-        live_adapters: keep LoRA adapters unmerged, for `requantize` to be cheap.
+    The output head is quantized too: it is a tenth to a quarter of what a draft step reads.
     """
-    live = {name for name in _linear_names(replica) if live_adapters and _has_factors(replica, name)}
-    joined = _joined(replica, qtype, live)
+    joined = _joined(replica, qtype)
 
     def quantized(name: str, layer: ReplicaLinear) -> nn.Module:
         if name in joined:
             return joined[name]
-        form = LiveLoraLinear if name in live else QuantizedLinear
         sizes = layer.in_features, layer.out_features
-        return form(*sizes, layer.bias, qtype, layer.weight.dtype, layer.weight.device)
+        return QuantizedLinear(*sizes, layer.bias, qtype, layer.weight.dtype, layer.weight.device)
 
     return replica.tree(linear=quantized)
 
 
-def _linear_names(replica: PolicyReplica) -> list[str]:
-    return [name for name, module in replica.model.named_modules() if isinstance(module, ReplicaLinear)]
-
-
-def _has_factors(replica: PolicyReplica, name: str) -> bool:
-    return lora_factors(find_module(replica.base, name)) is not None
-
-
-def _joined(replica: PolicyReplica, qtype: str, live: set[str]) -> dict[str, QuantizedRows]:
+def _joined(replica: PolicyReplica, qtype: str) -> dict[str, QuantizedRows]:
     """The parts of the joined layers by name, where kernels run them at once."""
     joined: dict[str, QuantizedRows] = {}
     if not gpu.runs_triton(replica.embeddings.device):
@@ -143,7 +171,7 @@ def _joined(replica: PolicyReplica, qtype: str, live: set[str]) -> dict[str, Qua
             names = [f"{layer}.{name}" for name in group]
             linears = [replica.model.get_submodule(name) for name in names]
             biases = [linear.bias for linear in linears if linear.bias is not None]
-            if live & set(names) or len(biases) not in (0, len(names)):
+            if len(biases) not in (0, len(names)):
                 continue
             weight: Tensor = linears[0].weight  # type: ignore[assignment]
             sizes: list[int] = [linear.out_features for linear in linears]  # type: ignore[misc]
@@ -163,34 +191,21 @@ def quantized_layers(drafter: nn.Module) -> Iterator[tuple[str, QuantizedLinear 
 
 
 @torch.no_grad()
-def requantize(drafter: nn.Module, replica: PolicyReplica) -> bool:
-    """Quantizes the current weights into the drafter, in place, layer by layer; skips frozen ones that stayed.
-
-    Returns whether a layer computes with other tensors than before: adapters changed their rank, came or went.
-    """
-    moved, changed = False, dict[QuantizedLinear, None]()
+def requantize(drafter: nn.Module, replica: PolicyReplica) -> None:
+    """Quantizes the current weights into the drafter, in place, layer by layer; skips frozen ones that stayed."""
+    changed: dict[QuantizedLinear, None] = {}
     for name, module in quantized_layers(drafter):
-        source, factors = find_module(replica.base, name), None
-        if isinstance(module, LiveLoraLinear):
-            moved |= module.follow(factors := lora_factors(source))
-        live, quantized = factors is not None, inner_module(source) if factors is not None else source
-        state = frozen_state(quantized)
-        if state is None or (live, state) != getattr(module, "quantized_state", None):
-            layer = replica.model.get_submodule(name)
-            weight = effective_tensor(quantized, "weight") if live else layer.weight
-            module.requantize_(weight, derive=False)  # type: ignore[arg-type]
-            changed[module.whole if isinstance(module, QuantizedRows) else module] = None
-            if isinstance(module, QuantizedRows):
-                module.copy_bias_(layer.bias)  # type: ignore[arg-type]
-        module.quantized_state = (live, state)  # type: ignore[assignment]
+        state = frozen_state(find_module(replica.base, name))
+        if state is not None and state == getattr(module, "quantized_state", None):
+            continue
+        layer = replica.model.get_submodule(name)
+        module.requantize_(layer.weight, repack=False)  # type: ignore[arg-type]
+        if isinstance(module, QuantizedRows):
+            module.copy_bias_(layer.bias)  # type: ignore[arg-type]
+        module.quantized_state = state  # type: ignore[assignment]
+        changed[module.whole if isinstance(module, QuantizedRows) else module] = None
     for whole in changed:
-        whole.derive_()
-    return moved
-
-
-def has_live_adapters(drafter: nn.Module) -> bool:
-    """Whether this is a drafter of the form for LoRA."""
-    return any(isinstance(module, LiveLoraLinear) for module in drafter.modules())
+        whole.repack_()
 
 
 def drafter_bytes(drafter: nn.Module) -> int:

@@ -1,239 +1,277 @@
-"""The ways to multiply by quantized weights, and which of them a layer takes.
+"""The ways to multiply by a quantized weight, and which of them a layer takes.
 
-On CPUs it is the first that supports the layer: they are ordered by speed. On CUDA the fastest depends on the shape,
-the number of rows and the GPU, so that it is measured once (`choosing`): a layer then goes by its rows. Results of
-different ways differ in rounding; in each of them a row does not see its neighbours.
+The order is fixed, by device; a layer takes the first that supports its weight (times: docs/LOG.md, 2026-11-21).
+
+* CPU: our C kernel (int4, bf16 and fp32), torch's int4 and int8 kernels (bf16), else weights that are dequantized once
+  per refresh, which is no faster than the policy.
+* CUDA: our Triton kernel (int4), humming-kernels (int4 and 8 bits, if installed), else weights that are dequantized in
+  every call, after a warning: slower than the policy.
+* Any other device: dequantized in every call.
+
+Results of different ways differ in rounding; in each of them a row does not see its neighbours.
 """
 
 import functools
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from abc import ABC, abstractmethod
+from typing import ClassVar, Generic, TypeVar
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from trl_selfspec import kernels
-from trl_selfspec.drafter.autotune import measured
-from trl_selfspec.kernels import humming, int4, quantized
+from trl_selfspec.drafter.quantized_weight import QTYPES, Int4Weight, Int8Weight, QuantizedWeight
+from trl_selfspec.kernels import humming, int4
 from trl_selfspec.kernels.triton_support import runs_triton
-
-
-if TYPE_CHECKING:
-    from trl_selfspec.drafter.quantized_linear import QuantizedLinear
 
 
 logger = logging.getLogger(__name__)
 
+GPU_DTYPES = (torch.bfloat16, torch.float16)
 TORCH_INT4_GROUPS = (32, 64, 128)
 TORCH_INT4_ROWS = 16
 TORCH_INT8_COLUMNS = 32  # torch 2.13 reads past rows of, say, 100: garbage, or a segmentation fault
-TINYGEMM_ROWS = 4  # of activations; with more it falls behind bf16 (measured, h200)
-TINYGEMM_TILES = 8  # of 16 along K, that one thread reads at once
-TINYGEMM_OUTPUTS = 8
+
+Weight = TypeVar("Weight", bound=QuantizedWeight)
 
 
-class Backend(NamedTuple):
-    """One way to multiply by quantized weights."""
+class LinearBackend(ABC, Generic[Weight]):
+    """`x W^T + bias` for one layer.
 
-    name: str
-    supports: "Callable[[QuantizedLinear], bool]"
-    linear: "Callable[[QuantizedLinear, Tensor], Tensor]"
-    derive: "Callable[[QuantizedLinear], dict[str, Tensor]]" = lambda layer: {}
-    """Further buffers that it reads, from quanto's storages."""
-    max_rows: int | None = None
-    holds_weights: bool = False
-    """Whether those buffers are the weights once more."""
+    The tensors of `weight` and `bias` may be re-pointed or overwritten, not replaced.
 
+    Attributes:
+        buffers: what it reads besides the weight's own: the weight in another format, scratch memory.
+        kernel: a kernel that is the whole layer, for callers that run several layers in one call.
+    """
 
-def own_int4(layer: "QuantizedLinear", x: Tensor) -> Tensor:
-    assert layer.prepared is not None
-    return layer.prepared(x)
+    name: ClassVar[str]
+    kernel: kernels.PreparedLinear | None = None
 
+    def __init__(self, weight: Weight, bias: nn.Parameter | None) -> None:
+        self.weight, self.bias = weight, bias
+        self.buffers = self.repacked()
 
-def _torch_int4(layer: "QuantizedLinear", x: Tensor) -> Tensor:
-    rows = x.reshape(-1, layer.in_features)
-    y = torch._weight_int4pack_mm_for_cpu(rows, layer.torch_packed, layer.group_size, layer.torch_scales)
-    return _with_bias(y, layer, x)
+    @staticmethod
+    @abstractmethod
+    def supports(weight: QuantizedWeight) -> bool:
+        """Whether it multiplies by such a weight here."""
 
+    @abstractmethod
+    def multiply(self, x: Tensor) -> Tensor:
+        """`(M, K)` to `(M, N)`, both of the weight's dtype; adds the bias."""
 
-def _torch_int4_storages(layer: "QuantizedLinear") -> dict[str, Tensor]:
-    codes = int4.unpack(layer.packed, layer.in_features).int()
-    packed = torch._convert_weight_to_int4pack_for_cpu(codes, 2)
-    return {"torch_packed": packed, "torch_scales": _torch_scales(layer)}
+    def repacked(self) -> dict[str, Tensor]:
+        """The weight in the format that this backend reads, if it is not the weight's own."""
+        return {}
 
+    def repack_(self) -> None:
+        """Brings `buffers` up to date with the weight, in place."""
+        for name, buffer in self.repacked().items():
+            self.buffers[name].copy_(buffer)
 
-def _torch_scales(layer: "QuantizedLinear") -> Tensor:
-    scale, shift = layer.scale_shift.transpose(0, 1).unbind(-1)
-    return torch.stack((scale, 8 * scale - shift), -1)  # torch's codes are -8..7
+    def __call__(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
+        y = self.multiply(x.reshape(-1, self.weight.in_features))
+        return y.view(*x.shape[:-1], self.weight.out_features)
 
-
-def _torch_int8(layer: "QuantizedLinear", x: Tensor) -> Tensor:
-    rows = x.reshape(-1, layer.in_features)
-    return _with_bias(torch._weight_int8pack_mm(rows, layer.codes, layer.scale.view(-1)), layer, x)
-
-
-def _triton_int4(layer: "QuantizedLinear", x: Tensor) -> Tensor:
-    rows = x.reshape(-1, layer.in_features).contiguous()
-    y = quantized.linear_int4_on_gpu(rows, layer.packed, layer.scale_shift, layer.bias, layer.triton_counters)
-    return y.view(*x.shape[:-1], layer.out_features)
+    def _with_bias(self, y: Tensor) -> Tensor:
+        return y if self.bias is None else y + self.bias
 
 
-def _triton_8bit(layer: "QuantizedLinear", x: Tensor) -> Tensor:
-    rows = x.reshape(-1, layer.in_features).contiguous()
-    y = quantized.linear_8bit_on_gpu(rows, layer.codes, layer.scale, layer.bias, layer.triton_counters)
-    return y.view(*x.shape[:-1], layer.out_features)
+class CpuInt4(LinearBackend[Int4Weight]):
+    """Our C kernel, W4A8."""
+
+    name = "cpu_int4"
+
+    def __init__(self, weight: Int4Weight, bias: nn.Parameter | None) -> None:
+        super().__init__(weight, bias)
+        self.kernel = kernels.PreparedLinear(weight.packed, weight.scale_shift, bias, weight.in_features, weight.dtype)
+
+    @staticmethod
+    def supports(weight: QuantizedWeight) -> bool:
+        return _is(weight, "cpu", "qint4", torch.bfloat16, torch.float32) and kernels.available()
+
+    def multiply(self, x: Tensor) -> Tensor:
+        assert self.kernel is not None
+        return self.kernel(x)
+
+    __call__ = multiply  # it takes any number of leading dimensions
 
 
-def _triton_counters(layer: "QuantizedLinear") -> dict[str, Tensor]:
-    return {"triton_counters": quantized.counters_on_gpu(layer.out_features, layer.device)}
+class TorchInt4(LinearBackend[Int4Weight]):
+    """torch's CPU kernel, which has a format of its own."""
 
+    name = "torch_int4"
 
-def _tinygemm(layer: "QuantizedLinear", x: Tensor) -> Tensor:
-    rows = x.reshape(-1, layer.in_features)
-    y = torch._weight_int4pack_mm(rows, layer.torch_packed, layer.group_size, layer.torch_scales)
-    return _with_bias(y, layer, x)
+    @staticmethod
+    def supports(weight: QuantizedWeight) -> bool:
+        if not isinstance(weight, Int4Weight) or not _is(weight, "cpu", "qint4", torch.bfloat16):
+            return False
+        whole_groups = weight.in_features % weight.group_size == 0 and weight.group_size in TORCH_INT4_GROUPS
+        return whole_groups and weight.out_features % TORCH_INT4_ROWS == 0
 
-
-def _tinygemm_storages(layer: "QuantizedLinear") -> dict[str, Tensor]:
-    codes = int4.in_order(layer.packed)
-    codes = (codes << 4) | (codes >> 4)  # torch's first code is the high nibble
-    packed = torch._convert_weight_to_int4pack(codes, TINYGEMM_TILES)
-    return {"torch_packed": packed, "torch_scales": _torch_scales(layer).contiguous()}
-
-
-def _humming(layer: "QuantizedLinear", x: Tensor) -> Tensor:
-    y = humming.linear(x.reshape(-1, layer.in_features), _humming_shape(layer), dict(layer.named_buffers()))
-    return _with_bias(y, layer, x)  # its own bias is a copy, which a step of the optimizer would leave behind
-
-
-def _humming_storages(layer: "QuantizedLinear") -> dict[str, Tensor]:
-    if layer.qtype == "qint4":
-        return humming.int4_storages(_humming_shape(layer), layer.packed, layer.scale_shift)
-    return humming.storages_8bit(_humming_shape(layer), layer.codes, layer.scale)
-
-
-def _humming_shape(layer: "QuantizedLinear") -> humming.Shape:
-    group_size = layer.group_size if layer.qtype == "qint4" else 0
-    return humming.Shape(layer.out_features, layer.in_features, layer.qtype, group_size, layer.dtype, layer.device)
-
-
-def _with_bias(y: Tensor, layer: "QuantizedLinear", x: Tensor) -> Tensor:
-    y = y.view(*x.shape[:-1], layer.out_features)
-    return y if layer.bias is None else y + layer.bias
-
-
-def _is(layer: "QuantizedLinear", device: str, qtype: str, *dtypes: torch.dtype) -> bool:
-    return layer.device.type == device and layer.qtype == qtype and layer.dtype in dtypes
-
-
-def _supports_own_int4(layer: "QuantizedLinear") -> bool:
-    return _is(layer, "cpu", "qint4", torch.bfloat16, torch.float32) and kernels.available()
-
-
-def _supports_torch_int4(layer: "QuantizedLinear") -> bool:
-    if not _is(layer, "cpu", "qint4", torch.bfloat16):
-        return False
-    return _has_whole_groups(layer) and layer.out_features % TORCH_INT4_ROWS == 0
-
-
-def _has_whole_groups(layer: "QuantizedLinear") -> bool:
-    return layer.in_features % layer.group_size == 0 and layer.group_size in TORCH_INT4_GROUPS
-
-
-def _supports_torch_int8(layer: "QuantizedLinear") -> bool:
-    return _is(layer, "cpu", "qint8", torch.bfloat16) and layer.in_features % TORCH_INT8_COLUMNS == 0
-
-
-def _supports_triton(layer: "QuantizedLinear") -> bool:
-    return layer.dtype in quantized.DTYPES and runs_triton(layer.device)
-
-
-def _supports_tinygemm(layer: "QuantizedLinear") -> bool:
-    if not _is(layer, "cuda", "qint4", torch.bfloat16) or not _has_whole_groups(layer):
-        return False
-    return layer.in_features % (16 * TINYGEMM_TILES) == 0 and layer.out_features % TINYGEMM_OUTPUTS == 0
-
-
-DEQUANTIZING = Backend(  # where a second copy of the weights would cost more than the time
-    "dequantized_per_call", lambda layer: True, lambda layer, x: kernels.linear(x, layer.dequantize(), layer.bias)
-)
-BACKENDS = (
-    Backend("own_int4", _supports_own_int4, own_int4),
-    Backend("torch_int4", _supports_torch_int4, _torch_int4, _torch_int4_storages),
-    Backend("torch_int8", _supports_torch_int8, _torch_int8),
-    Backend(  # no faster than the policy, but dequantizing per call takes 10 to 100 times as long
-        "dequantized_once",
-        lambda layer: layer.device.type == "cpu",
-        lambda layer, x: kernels.linear(x, layer.dequantized, layer.bias),
-        lambda layer: {"dequantized": layer.dequantize()},
-    ),
-    Backend(
-        "triton_int4",
-        lambda layer: layer.qtype == "qint4" and _supports_triton(layer),
-        _triton_int4,
-        _triton_counters,
-        quantized.MAX_ROWS,
-    ),
-    Backend(
-        "triton_8bit",
-        lambda layer: layer.qtype != "qint4" and _supports_triton(layer),
-        _triton_8bit,
-        _triton_counters,
-        quantized.MAX_ROWS,
-    ),
-    Backend(
-        "humming",
-        lambda layer: humming.supports(_humming_shape(layer)),
-        _humming,
-        _humming_storages,
-        holds_weights=True,
-    ),
-    Backend("tinygemm", _supports_tinygemm, _tinygemm, _tinygemm_storages, TINYGEMM_ROWS, holds_weights=True),
-    DEQUANTIZING,
-)
-
-
-def choose_backend(layer: "QuantizedLinear") -> Backend:
-    """The first that supports the layer; on CUDA the fastest, by the number of rows."""
-    supporting = [backend for backend in BACKENDS if backend.supports(layer)]
-    if layer.device.type != "cuda":
-        return supporting[0]
-    *fast, fallback = supporting
-    chosen = measured(layer, fast)
-    if not chosen and layer.dtype in quantized.DTYPES:
-        _warn_of_dequantizing(layer.qtype)
-    return by_rows(chosen, fallback) if chosen else fallback
-
-
-def has_fast_int4(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether int4 layers of some shape run on a CUDA device without being dequantized."""
-    return dtype in quantized.DTYPES and runs_triton(device)
-
-
-def by_rows(table: dict[int, Backend], fallback: Backend) -> Backend:
-    """Goes by the number of rows: the backend of the first bucket that holds them, the last one's for more."""
-    buckets = sorted(table)
-
-    def linear(layer: "QuantizedLinear", x: Tensor) -> Tensor:
-        rows = x.numel() // layer.in_features
-        backend = table[next((bucket for bucket in buckets if rows <= bucket), buckets[-1])]
-        fits = backend.max_rows is None or rows <= backend.max_rows
-        return (backend if fits else fallback).linear(layer, x)
-
-    def derive(layer: "QuantizedLinear") -> dict[str, Tensor]:
+    def repacked(self) -> dict[str, Tensor]:
+        codes = int4.unpack(self.weight.packed, self.weight.in_features).int()
+        scale, shift = self.weight.scale_shift.transpose(0, 1).unbind(-1)
         return {
-            name: buffer for backend in dict.fromkeys(table.values()) for name, buffer in backend.derive(layer).items()
+            "packed": torch._convert_weight_to_int4pack_for_cpu(codes, 2),
+            "scales": torch.stack((scale, 8 * scale - shift), -1),  # torch's codes are -8..7
         }
 
-    names = dict.fromkeys(table[bucket].name for bucket in buckets)
-    return Backend("/".join(names), lambda layer: True, linear, derive)
+    def multiply(self, x: Tensor) -> Tensor:
+        packed, scales = self.buffers["packed"], self.buffers["scales"]
+        return self._with_bias(torch._weight_int4pack_mm_for_cpu(x, packed, self.weight.group_size, scales))
+
+
+class TorchInt8(LinearBackend[Int8Weight]):
+    """torch's CPU kernel."""
+
+    name = "torch_int8"
+
+    @staticmethod
+    def supports(weight: QuantizedWeight) -> bool:
+        return _is(weight, "cpu", "qint8", torch.bfloat16) and weight.in_features % TORCH_INT8_COLUMNS == 0
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return self._with_bias(torch._weight_int8pack_mm(x, self.weight.codes, self.weight.scale.view(-1)))
+
+
+class DequantizedOnce(LinearBackend[QuantizedWeight]):
+    """A second copy of the weights. Dequantizing in every call takes 10 to 100 times as long on a CPU."""
+
+    name = "dequantized_once"
+
+    @staticmethod
+    def supports(weight: QuantizedWeight) -> bool:
+        return weight.device.type == "cpu"
+
+    def repacked(self) -> dict[str, Tensor]:
+        return {"weight": self.weight.dequantize()}
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.buffers["weight"], self.bias)
+
+
+class TritonInt4(LinearBackend[Int4Weight]):
+    """Our Triton kernel; rows beyond those it is made for go to cuBLAS, by the dequantized weight."""
+
+    name = "triton_int4"
+
+    def __init__(self, weight: Int4Weight, bias: nn.Parameter | None) -> None:
+        from trl_selfspec.kernels.triton import int4_linear
+
+        super().__init__(weight, bias)
+        self._linear, self._most_rows = int4_linear.linear_int4, int4_linear.MAX_ROWS
+        self.buffers["counters"] = int4_linear.make_counters(weight.out_features, weight.device)
+
+    @staticmethod
+    def supports(weight: QuantizedWeight) -> bool:
+        return _is(weight, "cuda", "qint4", *GPU_DTYPES) and runs_triton(weight.device)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if len(x) > self._most_rows:
+            return F.linear(x, weight.dequantize(), self.bias)
+        counters = self.buffers["counters"]
+        return self._linear(x.contiguous(), weight.packed, weight.scale_shift, self.bias, counters)
+
+
+class Humming(LinearBackend[QuantizedWeight]):
+    """humming-kernels, an optional package, which compiles a kernel for each shape on first use."""
+
+    name = "humming"
+
+    @staticmethod
+    def supports(weight: QuantizedWeight) -> bool:
+        return humming.supports(_humming_shape(weight))
+
+    def repacked(self) -> dict[str, Tensor]:
+        weight, shape = self.weight, _humming_shape(self.weight)
+        if isinstance(weight, Int4Weight):
+            return humming.int4_buffers(shape, weight.packed, weight.scale_shift)
+        assert isinstance(weight, Int8Weight)
+        return humming.buffers_8bit(shape, weight.codes, weight.scale)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        y = humming.linear(x, _humming_shape(self.weight), self.buffers)
+        return self._with_bias(y)  # its own bias is a copy, which a step of the optimizer would leave behind
+
+
+class DequantizedPerCall(LinearBackend[QuantizedWeight]):
+    """Where a second copy of the weights would cost more than the time."""
+
+    name = "dequantized_per_call"
+
+    @staticmethod
+    def supports(weight: QuantizedWeight) -> bool:
+        return True
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weight.dequantize(), self.bias)
+
+
+BACKENDS: tuple[type[LinearBackend], ...] = (
+    CpuInt4,
+    TorchInt4,
+    TorchInt8,
+    DequantizedOnce,
+    TritonInt4,
+    Humming,
+    DequantizedPerCall,
+)
+
+
+def choose_backend(weight: QuantizedWeight) -> type[LinearBackend]:
+    """The first that supports the weight."""
+    backend = next(backend for backend in BACKENDS if backend.supports(weight))
+    if backend is DequantizedPerCall and weight.device.type == "cuda" and weight.dtype in GPU_DTYPES:
+        _warn_of_dequantizing(weight.qtype)
+    return backend
+
+
+def resolve_qtype(qtype: str, device: torch.device | str, dtype: torch.dtype) -> str:
+    """The quanto qtype that `qtype` stands for on a device.
+
+    `"auto"` is `"qint4"` where int4 layers are faster than the policy's own: on CPUs, with our kernel (bf16 and fp32)
+    or torch's (bf16), a third of the time of a plain layer or less (measured, docs/LOG.md 2026-11-21); on CUDA, with
+    our kernel (bf16 and fp16). Elsewhere it is `"qint8"`, which is nearer to the policy and cheaper to dequantize.
+
+    Raises:
+        ValueError: if `qtype` is neither `"auto"` nor one of `QTYPES`.
+    """
+    if qtype in QTYPES:
+        return qtype
+    if qtype != "auto":
+        raise ValueError(f"unknown qtype {qtype!r}: use 'auto' or one of {', '.join(map(repr, QTYPES))}")
+    device = torch.device(device)
+    if device.type == "cpu":
+        fast = dtype == torch.bfloat16 or (dtype == torch.float32 and kernels.available())
+    else:
+        fast = dtype in GPU_DTYPES and runs_triton(device)
+    return "qint4" if fast else "qint8"
+
+
+def _humming_shape(weight: QuantizedWeight) -> humming.Shape:
+    group_size = weight.group_size if isinstance(weight, Int4Weight) else 0
+    return humming.Shape(
+        weight.out_features, weight.in_features, weight.qtype, group_size, weight.dtype, weight.device
+    )
+
+
+def _is(weight: QuantizedWeight, device: str, qtype: str, *dtypes: torch.dtype) -> bool:
+    return weight.device.type == device and weight.qtype == qtype and weight.dtype in dtypes
 
 
 @functools.cache
 def _warn_of_dequantizing(qtype: str) -> None:
+    if qtype == "qint4":
+        advice = "install triton (it comes with torch for CUDA on Linux) or trl-selfspec[cuda]"
+    else:
+        advice = 'install trl-selfspec[cuda], or use draft_qtype="qint4"'
     logger.warning(
-        "trl_selfspec: no fast kernel multiplies by %s weights here, drafts will be slower than the policy: install "
-        "triton (it comes with torch for CUDA on Linux) or trl-selfspec[cuda]; GPUs older than Ampere have none.",
+        "trl_selfspec: no fast kernel multiplies by %s weights here, drafts will be slower than the policy: %s. GPUs "
+        "older than Ampere have no kernel.",
         qtype,
+        advice,
     )

@@ -9,20 +9,18 @@ import inspect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec.control.controller import Controller
 from trl_selfspec.control.stats import RolloutStats
-from trl_selfspec.drafter.drafter import drafter_bytes, has_live_adapters, make_drafter, requantize
-from trl_selfspec.drafter.lora_mode import measured_choice, requantize_seconds
-from trl_selfspec.drafter.quantized_linear import resolve_qtype
+from trl_selfspec.drafter.drafter import DrafterManager
+from trl_selfspec.drafter.linear_backends import resolve_qtype
 from trl_selfspec.engine.batch_state import BatchState
 from trl_selfspec.engine.cuda_graphs import Capture, CudaCapture, GraphPool
 from trl_selfspec.engine.kv_budget import KVMemory, kv_bytes_per_token, warn_if_scarce
-from trl_selfspec.engine.model_runner import DraftError, ModelRunner
+from trl_selfspec.engine.model_runner import ModelRunner
 from trl_selfspec.engine.request import Request, make_requests
 from trl_selfspec.engine.rollout import Progress, Rollout
 from trl_selfspec.engine.scheduler import Scheduler
@@ -115,12 +113,9 @@ class SelfSpecEngine:
         self.calibration = self_check(self._replica, self._policy, self._forward_context())
         self._replica.mark_current()
         self.draft_qtype = resolve_qtype(self.options.draft_qtype, self.device, self._dtype)
-        self._form = measured_choice(self._replica, self.draft_qtype, by_cost=not self.controller.counts_alone)
+        self.drafter = DrafterManager(self._replica, self.draft_qtype)
         if self.controller.measures:  # before the first rollout: it imports quanto, which takes seconds
-            self.controller.expect_requantizing(requantize_seconds(self._replica, self.draft_qtype))
-        self._drafter: torch.nn.Module | None = None
-        self._drafter_version: int | None = None
-        self._wanted_version = self._replica.version
+            self.controller.expect_requantizing(self.drafter.estimate_seconds())
         kv_dtype = self.autocast_dtype  # None: the dtype of the keys themselves
         num_layers = self._replica.num_layers
         with self._forward_context():
@@ -181,7 +176,7 @@ class SelfSpecEngine:
         if self._prefix_cache is not None:
             self._prefix_cache.clear()
         if draft:
-            self._wanted_version = self._replica.version
+            self.drafter.request_update()
         self._refresh_s += self._seconds() - start
 
     @torch.inference_mode(False)
@@ -244,9 +239,8 @@ class SelfSpecEngine:
             rollout = self._rollout(requests, logits_processor, seed, on_round, keep)
             rollout.run()
             on_error.pop_all()
-        self._form.add(rollout.stats)
         warn_if_scarce(rollout.stats)
-        rollout.stats.refresh_s, self._refresh_s = self._refresh_s, 0.0
+        rollout.stats.refresh_s, self._refresh_s = self._refresh_s + rollout.stats.requantize_s, 0.0
         rollout.stats.drafter_bytes, rollout.stats.kv_bytes = self.drafter_bytes, rollout.prefix_cache.cache.nbytes
         rollout.stats.graph_pool_bytes = self._graphs.nbytes
         if self.device.type == "cuda" and not keep:
@@ -258,25 +252,14 @@ class SelfSpecEngine:
         """Frees the keys and values, those kept for later turns included; the next rollout allocates anew."""
         if self._prefix_cache is not None:
             self._prefix_cache = self._memory.release(self._prefix_cache)
-        for tree in (self._replica.model, self._drafter):
+        for tree in (self._replica.model, self.drafter.module):
             if tree is not None:
                 bind_cache(tree, None)
 
     @property
     def drafter_bytes(self) -> int:
         """Bytes the drafter holds beyond what it shares with the target; 0 until it first drafts."""
-        return 0 if self._drafter is None else drafter_bytes(self._drafter)
-
-    @property
-    def draft_form(self) -> Literal["merged", "live"] | None:
-        """Whether the drafter has LoRA adapters merged into its weights or live on top; `None` until it first drafts.
-
-        With merged adapters it is quantized at every refresh, with live ones its base is quantized once; the form that
-        costs less is chosen from measured seconds, or merged where counts alone decide.
-        """
-        if self._drafter is None:
-            return None
-        return "live" if has_live_adapters(self._drafter) else "merged"
+        return self.drafter.nbytes
 
     def state_dict(self) -> dict:
         """What the controller learned, as JSON-able values."""
@@ -324,26 +307,9 @@ class SelfSpecEngine:
             prefill_kwargs=self._prefill_kwargs(),
         )
 
-        def prepare_drafter() -> tuple[float, bool]:
-            before = self._drafter
-            start = self._seconds()
-            try:
-                runner.drafter = self._drafter_of_due_form()
-                self._requantize()
-            except Exception as error:  # quanto and kernels on any layer's shape, memory
-                self._drafter = None
-                raise DraftError(f"{type(error).__name__}: {error}") from error
-            bind_cache(runner.drafter, cache)
-            seconds = self._seconds() - start
-            self._refresh_s += seconds
-            return seconds, runner.drafter is before
-
-        current = self._drafter_version == self._wanted_version
         ahead = ROUNDS_AHEAD.get(self.device.type, 0)
         scheduler = Scheduler(requests, min(cache.max_rows, len(requests)))
-        return Rollout(
-            runner, scheduler, prefix_cache, self.controller, prepare_drafter, current, keep, on_round, ahead
-        )
+        return Rollout(runner, scheduler, prefix_cache, self.controller, self.drafter, keep, on_round, ahead)
 
     def _seconds(self) -> float:
         """The host's clock, once the device has done what it was asked for."""
@@ -365,27 +331,6 @@ class SelfSpecEngine:
                 )
             return GraphPool()
         return GraphPool(CudaCapture(self.device), required=choice is True) if choice else GraphPool()
-
-    def _drafter_of_due_form(self) -> torch.nn.Module:
-        """The drafter, made anew if a refresh is due that should have LoRA adapters in its other form."""
-        if self._drafter is None or self._drafter_version != self._wanted_version:
-            live = self._form.live(current=self.draft_form == "live")
-            if self.draft_form != ("live" if live else "merged"):
-                if self._drafter is not None:  # freed before another takes its place
-                    self._drafter = None
-                    self._graphs.clear()
-                self._drafter = make_drafter(self._replica, self.draft_qtype, live)
-                self._drafter_version = None
-        assert self._drafter is not None
-        return self._drafter
-
-    def _requantize(self) -> None:
-        """Quantizes the weights that `refresh` asked for into the drafter, unless it has them."""
-        assert self._drafter is not None
-        if self._drafter_version != self._wanted_version:
-            if requantize(self._drafter, self._replica):
-                self._graphs.clear()
-            self._drafter_version = self._wanted_version
 
     def _prefill_kwargs(self) -> dict[str, int]:
         accepted = inspect.signature(self._replica.model.forward).parameters

@@ -12,17 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from trl_selfspec.drafter.drafter import DraftError
 from trl_selfspec.engine.batch_state import BatchState
 from trl_selfspec.engine.cuda_graphs import CaptureError, GraphPool, Program
+from trl_selfspec.kv_cache.attention import bind_cache
 from trl_selfspec.kv_cache.paged_cache import PagedCache
 from trl_selfspec.sampling.logits_processing import BatchedLogitsProcessor
 from trl_selfspec.sampling.ops import Outcome, token_logprobs
 from trl_selfspec.sampling.samplers import Sampler
 from trl_selfspec.utils import Clock
-
-
-class DraftError(RuntimeError):
-    """The drafter could not be built, or failed in a draft step; plain rounds need none."""
 
 
 class RoundResult(NamedTuple):
@@ -91,6 +89,11 @@ class ModelRunner:
         """Takes rows from `first` on out of the rounds, which may be replays for more rows than are active."""
         self.state.deactivate(first)
         self.cache.deactivate(first)
+
+    def use_drafter(self, drafter: nn.Module) -> None:
+        """Drafts with it from here on, over the target's cache."""
+        bind_cache(drafter, self.cache)
+        self.drafter = drafter
 
     def prefill(
         self,

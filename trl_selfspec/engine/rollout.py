@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from trl_selfspec.control.controller import Controller
 from trl_selfspec.control.stats import PlainComparison, RolloutStats
-from trl_selfspec.engine.model_runner import DraftError, ModelRunner, PendingRound, RoundResult
+from trl_selfspec.drafter.drafter import DrafterManager, DraftError
+from trl_selfspec.engine.model_runner import ModelRunner, PendingRound, RoundResult
 from trl_selfspec.engine.request import Request
 from trl_selfspec.engine.scheduler import Admission, Scheduler
 from trl_selfspec.kv_cache.prefix_cache import PrefixCache
@@ -63,8 +64,7 @@ class Rollout:
     scheduler: Scheduler
     prefix_cache: PrefixCache  # over the runner's cache
     controller: Controller
-    prepare_drafter: Callable[[], tuple[float, bool]]  # makes it current; seconds, and whether it was there before
-    drafter_is_current: bool = False
+    drafter: DrafterManager
     keep: bool = False  # finished rows in the prefix cache, for later rollouts
     on_round: Callable[[Progress], None] | None = None
     rounds_ahead: int = 0  # rounds launched before the host reads the last one (asynchronous scheduling)
@@ -82,7 +82,7 @@ class Rollout:
 
     def run(self) -> None:
         start = time.perf_counter()
-        self.controller.begin_rollout(self.drafter_is_current)
+        self.controller.begin_rollout(self.drafter.is_current)
         self._admit()
         while self.scheduler.active:
             self._launch(self.controller.choose(self.scheduler.num_active))
@@ -135,7 +135,9 @@ class Rollout:
     def _draft_with_current_weights(self) -> None:
         if self.stats.toggle_count:
             return
-        requantize_s, was_there = self.prepare_drafter()
+        requantize_s, was_there = self.drafter.prepare()
+        assert self.drafter.module is not None
+        self.runner.use_drafter(self.drafter.module)
         self.controller.observe_requantize(requantize_s, typical=was_there)
         self.stats.requantize_s += requantize_s
         self.stats.rollout_s -= requantize_s  # counted as refresh_s

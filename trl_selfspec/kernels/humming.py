@@ -21,7 +21,6 @@ GROUP_SIZES = (32, 64, 128)
 MULTIPLE = 64  # of both sizes of a layer
 LOCKS = 2048  # by which parts of a sum are put in order; one set per layer
 ROWS_AT_ONCE = 2**14  # whose codes are put in order at a time
-PREFIX = "humming_"
 WEIGHTS = {"qint4": "uint4", "qint8": "uint8", "qfloat8": "float8e4m3"}
 
 
@@ -38,7 +37,7 @@ class Shape(NamedTuple):
 
 @functools.cache
 def supports(shape: Shape) -> bool:
-    """Whether the package is there and may know the shape; a trial shows whether it does."""
+    """Whether the package is there and takes the shape."""
     if shape.device.type != "cuda" or shape.dtype not in DTYPES or find_spec("humming") is None:
         return False
     if shape.n % MULTIPLE or shape.k % MULTIPLE or not torch.cuda.is_available():
@@ -81,31 +80,30 @@ def tensors_8bit(codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
     return {"weight": words.view(torch.int32), "weight_scale": scale.contiguous()}
 
 
-def int4_storages(shape: Shape, packed: Tensor, scale_shift: Tensor) -> dict[str, Tensor]:
+def int4_buffers(shape: Shape, packed: Tensor, scale_shift: Tensor) -> dict[str, Tensor]:
     """Buffers for `linear`."""
-    return _storages(shape, int4_tensors(packed, scale_shift))
+    return _buffers(shape, int4_tensors(packed, scale_shift))
 
 
-def storages_8bit(shape: Shape, codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
+def buffers_8bit(shape: Shape, codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
     """Buffers for `linear`."""
-    return _storages(shape, tensors_8bit(codes, scale))
+    return _buffers(shape, tensors_8bit(codes, scale))
 
 
-def _storages(shape: Shape, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _buffers(shape: Shape, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     from humming.transform import transform_humming_tensors
 
     transformed = transform_humming_tensors(_config(shape), tensors)
     transformed["locks"] = torch.zeros(LOCKS, dtype=torch.int32, device=shape.device)
-    return {PREFIX + name: tensor.contiguous() for name, tensor in transformed.items()}
+    return {name: tensor.contiguous() for name, tensor in transformed.items()}
 
 
 def linear(
     x: Tensor,  # (M, K)
     shape: Shape,
-    buffers: dict[str, Tensor],  # from `int4_storages` or `storages_8bit`; others are left alone
+    buffers: dict[str, Tensor],  # from `int4_buffers` or `buffers_8bit`
 ) -> Tensor:  # (M, N)
     """x W^T, without a bias."""
     from humming.forward import humming_forward
 
-    own = {name.removeprefix(PREFIX): tensor for name, tensor in buffers.items() if name.startswith(PREFIX)}
-    return humming_forward(_config(shape), x.contiguous(), **own)  # type: ignore[arg-type]
+    return humming_forward(_config(shape), x.contiguous(), **buffers)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The int4 kernels' weight format, and the kernels' eager twins.
+"""The int4 kernels' weight format.
 
 A row is a sequence of groups of 32, 64, 96 or 128 codes, the last one padded with zeros. Within each 32 codes,
 byte i holds code i in its low nibble and code i + 16 in its high one.
@@ -41,33 +41,3 @@ def dequantize(
     weight = scale[..., None] * unpack(packed, packed.shape[1] * 2).view(n, groups, -1)
     weight -= shift[..., None]
     return weight.view(n, -1)[:, :k].contiguous()
-
-
-def linear_exact(
-    x: Tensor,  # (..., K)
-    packed: Tensor,  # (N, groups * group_size / 2) uint8
-    scale_shift: Tensor,  # (N, groups, 2)
-    bias: Tensor | None = None,  # (N,)
-) -> Tensor:  # (..., N), dtype of x
-    """What `cuda.linear.linear_int4` computes, in eager torch and float64: activations are as they come."""
-    weight = dequantize(packed, scale_shift.double(), x.shape[-1])
-    return F.linear(x.double(), weight, None if bias is None else bias.double()).to(x.dtype)
-
-
-def linear(
-    x: Tensor,  # (..., K) bf16 or fp32
-    packed: Tensor,  # (N, groups * group_size / 2) uint8
-    scale_shift: Tensor,  # (N, groups, 2)
-    bias: Tensor | None = None,  # (N,)
-) -> Tensor:  # (..., N)
-    """What `cpu.linear_int4` computes, in eager torch and float64 sums."""
-    n, groups, _ = scale_shift.shape
-    group_size = packed.shape[1] * 2 // groups
-    codes = unpack(packed, groups * group_size).view(n, groups, group_size).double()
-    rows = F.pad(x.float(), (0, groups * group_size - x.shape[-1])).unflatten(-1, (groups, group_size))
-    top = rows.abs().amax(-1, keepdim=True)
-    inverse = torch.where(top > 0, torch.full_like(top, 127) / top, 0)  # `127 / top` would round twice
-    rounded = (rows * inverse).round().double() * (top / 127).double()
-    scale, shift = scale_shift.double().unbind(-1)
-    y = torch.einsum("...gi,ngi->...n", rounded, codes * scale[..., None] - shift[..., None])
-    return (y if bias is None else y + bias.double()).to(x.dtype)

@@ -7,7 +7,6 @@ PEFT methods merge on a copy of the layer. A layer without a merged form raises 
 import copy
 from typing import cast
 
-import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
@@ -79,24 +78,6 @@ def adapter_state(base: nn.Module) -> tuple[object, ...]:
         for module in base.modules()
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
     )
-
-
-def lora_factors(module: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """A (R, in) and B (out, R), scaled, with `effective weight = base weight + B A`.
-
-    `None` where that does not hold, and for sharded adapters, because gathering them would be collective.
-    """
-    if not isinstance(module, LoraLayer) or isinstance(module, ParamWrapper):
-        return None
-    tuners = _contributing(module)
-    if len(tuners) != 1 or tuners[0][0] is not module or not isinstance(module.get_base_layer(), nn.Linear):
-        return None
-    names = tuners[0][1]
-    if is_sharded(module) or any(name in module.lora_variant for name in names):
-        return None
-    down = [module.lora_A[name].weight for name in names]
-    up = [module.lora_B[name].weight * module.scaling[name] for name in names]  # type: ignore[operator]
-    return torch.cat(down), torch.cat(up, dim=1)  # type: ignore[arg-type]
 
 
 def frozen_state(module: nn.Module) -> tuple[object, ...] | None:

@@ -1,11 +1,11 @@
-"""Linear layers over quantized weights for few rows, in Triton: int4 in groups, int8 and fp8 with a scale per row.
+"""Linear layers over int4 weights, in groups, for few rows, in Triton.
 
 Decoding waits for the weights, so each byte is read once, 16 at a time, several steps ahead, and becomes a tensor
 core's operand in registers. An SM can hardly issue the instructions for that as fast as int4 weights arrive, so few
 are spent on anything else: weights are the left operand and activations the right one, which may be 8 columns narrow.
-Codes come with a power of two on top (see `codes`), which sums of activations take out again together with the shifts,
-once per group; tensor cores compute the sums too, against ones. Narrow layers are split along K so that every SM has
-work; the last program to arrive adds the parts in their order.
+Codes come with a power of two on top (see `int4_decode`), which sums of activations take out again together with the
+shifts, once per group; tensor cores compute the sums too, against ones. Narrow layers are split along K so that every
+SM has work; the last program to arrive adds the parts in their order.
 
 Steps and splits along K follow from the layer alone, tiles of rows and columns also from the number of rows: a row's
 result does not depend on how many others there are.
@@ -18,15 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trl_selfspec.kernels.quantized import MAX_ROWS
-from trl_selfspec.kernels.triton.code_conversion import code_8bit, nibbles, scale_and_shift
+from trl_selfspec.kernels.triton.int4_decode import nibbles, scale_and_shift
 from trl_selfspec.kernels.triton.launch import launch
 
 
-PROGRAMS = 1056  # eight for each of an H100's SMs, which hide each other's waiting; int4 tiles of few rows find room
+MAX_ROWS = 512  # of activations; cuBLAS on dequantized weights takes more
+PROGRAMS = 1056  # eight for each of an H100's SMs, which hide each other's waiting; tiles of few rows find room
 MAX_SPLITS = 16
 MIN_STEPS = 2  # along K, of a split
-STEP_8BIT = 128  # columns
 STAGES = 4
 NUM_WARPS = 2  # with four, Triton takes Hopper's own instructions, which want twice as many others around them
 NARROW, WIDE = 64, 128  # outputs of a tile
@@ -103,39 +102,6 @@ def _linear_int4(
     _finish(tl.trans(acc), bias, out, sums, counters, m, n, M, N, tile, SPLITS, BIAS)
 
 
-@triton.jit(do_not_specialize=["M"])
-def _linear_8bit(
-    x, codes, scale, bias, out, sums, counters, M, N, K,
-    SPLITS: tl.constexpr, STEP: tl.constexpr, WHOLE: tl.constexpr, BIAS: tl.constexpr, FP8: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, STAGES: tl.constexpr, ASSEMBLER: tl.constexpr,
-):  # fmt: skip
-    """One tile and split; a step is `STEP` codes of each row."""
-    tile, num_tiles_m = tl.program_id(0), tl.cdiv(M, TILE_M)
-    m = tile % num_tiles_m * TILE_M + tl.arange(0, TILE_M)
-    n = tile // num_tiles_m * TILE_N + tl.arange(0, TILE_N)
-    row = tl.minimum(n, N - 1).to(tl.int64)
-    DTYPE: tl.constexpr = x.dtype.element_ty
-    column = tl.arange(0, STEP)
-    weights = codes + row[:, None] * K + column[None, :]
-    rows = x + m.to(tl.int64)[None, :] * K + column[:, None]
-    acc = tl.zeros([TILE_N, TILE_M], tl.float32)
-
-    steps = tl.cdiv(K, STEP)
-    steps_per_split = tl.cdiv(steps, SPLITS)
-    first = tl.program_id(1) * steps_per_split
-    for step in tl.range(first, tl.minimum(first + steps_per_split, steps), num_stages=STAGES):
-        if WHOLE:
-            byte = tl.load(weights + step * STEP)
-            part = tl.load(rows + step * STEP, mask=(m < M)[None, :], other=0.0)
-        else:
-            inside = step * STEP + column < K
-            byte = tl.load(weights + step * STEP, mask=inside[None, :], other=0)
-            part = tl.load(rows + step * STEP, mask=(m < M)[None, :] & inside[:, None], other=0.0)
-        acc = tl.dot(code_8bit(byte, DTYPE, FP8, ASSEMBLER), part, acc, input_precision="ieee")
-    acc *= tl.load(scale + row).to(tl.float32)[:, None]
-    _finish(tl.trans(acc), bias, out, sums, counters, m, n, M, N, tile, SPLITS, BIAS)
-
-
 COMPILED = isinstance(_linear_int4, triton.JITFunction)  # the interpreter knows no assembler
 
 
@@ -161,26 +127,6 @@ def make_counters(n: int, device: torch.device) -> Tensor:
     return torch.zeros(triton.cdiv(n, NARROW) * triton.cdiv(MAX_ROWS, ROWS[-1]), dtype=torch.int32, device=device)
 
 
-def _launch(
-    kernel, x: Tensor, weights: tuple[Tensor, Tensor], bias: Tensor | None, counters: Tensor, n: int, splits: int,
-    *sizes: int, **constants: int,
-) -> Tensor:  # fmt: skip
-    m = len(x)
-    assert x.is_contiguous() and m <= MAX_ROWS and (bias is None or bias.is_contiguous())
-    tile_m, tile_n = tiling(m, n, splits)
-    num_tiles = triton.cdiv(m, tile_m) * triton.cdiv(n, tile_n)
-    assert num_tiles <= len(counters)
-    out = x.new_empty((m, n))
-    sums = x.new_empty((splits, m, n), dtype=torch.float32) if splits > 1 else out
-    launch(
-        kernel, (num_tiles, splits),
-        x, *weights, out if bias is None else bias, out, sums, counters, m, n, *sizes,
-        SPLITS=splits, BIAS=bias is not None, TILE_M=tile_m, TILE_N=tile_n, STAGES=STAGES,
-        ASSEMBLER=COMPILED, **constants, num_warps=NUM_WARPS,
-    )  # fmt: skip
-    return out
-
-
 def linear_int4(
     x: Tensor,  # (M, K) bf16, fp16 or fp32
     packed: Tensor,  # (N, groups * group_size / 2) uint8, see `int4.pack`
@@ -188,33 +134,24 @@ def linear_int4(
     bias: Tensor | None,  # (N,)
     counters: Tensor,  # see `make_counters`
 ) -> Tensor:  # (M, N), dtype of x
-    """`int4.linear_exact` with fp32 sums."""
-    k, (n, num_groups, _) = x.shape[1], scale_shift.shape
+    """`F.linear` by `int4.dequantize`, with fp32 sums."""
+    (m, k), (n, num_groups, _) = x.shape, scale_shift.shape
     group_size = packed.shape[1] * 2 // num_groups
     assert (num_groups - 1) * group_size < k <= num_groups * group_size and group_size % 32 == 0
     assert packed.is_contiguous() and scale_shift.is_contiguous() and scale_shift.dtype is x.dtype
+    assert x.is_contiguous() and m <= MAX_ROWS and (bias is None or bias.is_contiguous())
     step = group_size & -group_size  # a power of two
     splits = num_splits(n, num_groups * group_size // step)
+    tile_m, tile_n = tiling(m, n, splits)
+    num_tiles = triton.cdiv(m, tile_m) * triton.cdiv(n, tile_n)
+    assert num_tiles <= len(counters)
+    out = x.new_empty((m, n))
+    sums = x.new_empty((splits, m, n), dtype=torch.float32) if splits > 1 else out
     pairs = scale_shift.view(torch.int64 if x.dtype is torch.float32 else torch.int32)
-    whole = k == num_groups * group_size
-    return _launch(
-        _linear_int4, x, (packed, pairs), bias, counters, n, splits, k, num_groups,
-        GROUP=group_size, STEP=step, WHOLE=whole,
+    launch(
+        _linear_int4, (num_tiles, splits),
+        x, packed, pairs, out if bias is None else bias, out, sums, counters, m, n, k, num_groups,
+        SPLITS=splits, GROUP=group_size, STEP=step, WHOLE=k == num_groups * group_size, BIAS=bias is not None,
+        TILE_M=tile_m, TILE_N=tile_n, STAGES=STAGES, ASSEMBLER=COMPILED, num_warps=NUM_WARPS,
     )  # fmt: skip
-
-
-def linear_8bit(
-    x: Tensor,  # (M, K) bf16, fp16 or fp32
-    codes: Tensor,  # (N, K) int8 or float8_e4m3fn
-    scale: Tensor,  # (N, 1)
-    bias: Tensor | None,  # (N,)
-    counters: Tensor,  # see `make_counters`
-) -> Tensor:  # (M, N), dtype of x
-    """`F.linear` by `scale * codes`, with fp32 sums."""
-    n, k = codes.shape
-    assert x.shape[1] == k and codes.is_contiguous() and scale.numel() == n
-    splits = num_splits(n, triton.cdiv(k, STEP_8BIT))
-    return _launch(
-        _linear_8bit, x, (codes.view(torch.uint8), scale), bias, counters, n, splits, k,
-        STEP=STEP_8BIT, WHOLE=k % STEP_8BIT == 0, FP8=codes.dtype is torch.float8_e4m3fn,
-    )  # fmt: skip
+    return out
