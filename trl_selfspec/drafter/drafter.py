@@ -96,7 +96,8 @@ class DrafterManager:
         if not sizes:
             return 0.0
         like = sorted(sizes, key=torch.numel)[len(sizes) // 2]
-        sample = make_quantized_weight(self.qtype, *like.shape, like.dtype, like.device)
+        out_features, in_features = like.shape
+        sample = make_quantized_weight(self.qtype, out_features, in_features, like.dtype, like.device)
         zeros, clock = torch.zeros_like(like), Clock(like.device)
         clock.mark()
         for _ in range(TIMED_CALLS):
@@ -148,8 +149,8 @@ class QuantizedRows(nn.Module):
 def make_drafter(replica: PolicyReplica, qtype: str) -> PreTrainedModel:
     """The target replica's tree and tensors with a `QuantizedLinear` for every Linear layer; fill it by `requantize`.
 
-    The output head is quantized too. Kept in bf16, it would add 21 % (7B) to 58 % (135M) to the bytes that a draft step
-    reads, for 0.002 to 0.016 of acceptance (docs/LOG.md 2026-11-30).
+    The output head is quantized too. Kept in bf16, it would add 21 % (7B) to 58 % (135M) to the bytes that a draft
+    step reads, for 0.002 to 0.016 of acceptance (docs/LOG.md 2026-11-30).
     """
     joined = _joined(replica, qtype)
 

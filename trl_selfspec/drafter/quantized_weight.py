@@ -160,7 +160,7 @@ def quantize_8bit(weight: Tensor, qtype: str) -> tuple[Tensor, Tensor]:
     from optimum.quanto import AbsmaxOptimizer, qtypes
 
     quanto_qtype = qtypes["qfloat8_e4m3fn" if qtype == "qfloat8" else qtype]
-    scale = _nonzero(AbsmaxOptimizer().optimize(weight, quanto_qtype, 0))
+    scale = _nonzero(AbsmaxOptimizer().optimize(weight, quanto_qtype, 0))  # type: ignore[arg-type]
     data, axis = (weight, 0) if len(weight) > 1 else (weight, None)
     codes = torch.ops.quanto.quantize_symmetric(
         data, dtype=quanto_qtype.dtype, axis=axis, scale=scale if axis == 0 else scale.view(())
