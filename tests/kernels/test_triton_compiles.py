@@ -140,8 +140,9 @@ def compiled_linear(dtype, n, k, rows, warps=NUM_WARPS):
     pointers |= {"packed": "*u8", "scale_shift": "*i32"}
     return compiled(_linear_int4, pointers, constants, aligned=("N", "K"), num_warps=warps)
 """
-ONE_LINEAR = """
-compiled_linear(sys.argv[2], *map(int, sys.argv[3:6]))
+SEVERAL_LINEAR = """
+for dtype, n, k, rows in (shape.split("/") for shape in sys.argv[2:]):
+    compiled_linear(dtype, int(n), int(k), int(rows))
 """
 INSTRUCTIONS = """
 n, k = 3584, 18944
@@ -231,13 +232,12 @@ def test_what_lies_between_products_compiles(capability: str, dtype: str, hidden
 
 
 @pytest.mark.parametrize("capability", ["80", "90"])
-@pytest.mark.parametrize(
-    ("dtype", "n", "k", "rows"),
-    [("bf16", 3584, 18944, 8), ("bf16", 152064, 3584, 8), ("fp16", 152064, 3584, 16), ("fp16", 3584, 18944, 32)],
-)
-def test_int4_layers_compile(capability: str, dtype: str, n: int, k: int, rows: int, usage):
+def test_int4_layers_compile(capability: str, usage):
     """Narrow and wide tiles, few and more rows: on tensor cores, weights copied ahead, nothing spilled."""
-    for shared, tensor_cores, spilled, copies_ahead in usage(LINEAR + ONE_LINEAR, capability, dtype, n, k, rows):
+    shapes = "bf16/3584/18944/8", "bf16/152064/3584/8", "fp16/152064/3584/16", "fp16/3584/18944/32"
+    kernels = usage(LINEAR + SEVERAL_LINEAR, capability, *shapes)
+    assert len(kernels) == len(shapes)
+    for shared, tensor_cores, spilled, copies_ahead in kernels:
         assert shared <= SMALLEST_SHARED_MEMORY and tensor_cores and copies_ahead and spilled <= SPILLED
 
 
