@@ -8,11 +8,12 @@ BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-gpu quality bench bench-gpu clean
+.PHONY: help env demo test test-all test-gpu quality bench bench-gpu clean
 
 help:
 	@echo "make demo      train a small policy with GRPO in three modes, about 10 minutes on 2 cores"
-	@echo "make test      the test suite"
+	@echo "make test      the test suite without what is slow and repeats a law"
+	@echo "make test-all  the test suite"
 	@echo "make test-gpu  the tests that need a CUDA device"
 	@echo "make quality   ruff and pyright"
 	@echo "make bench     time the engines against each other on a 150M-parameter shape"
@@ -43,9 +44,15 @@ env: $(VENV)/.test-stamp
 demo: env
 	$(BIN)/python scripts/demo.py --output_dir $(OUTPUT)
 
-# One thread per worker: two workers share two cores, and results do not depend on the machine.
+# One thread per worker: two workers share two cores, and results do not depend on the machine. Each worker takes one
+# half of the files in their order, so that expensive fixtures of a module are mostly made once; who is done steals.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: $(VENV)/.triton-stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" $(PYTEST_ARGS)
+	$(PYTEST) -m "not gpu and not slow" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.triton-stamp
+	$(PYTEST) -m "not gpu" $(PYTEST_ARGS)
 
 test-gpu: env
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from kill_and_resume import kill_tree
+from bench.processes import kill_tree
 
 
 TESTS = Path(__file__).parent

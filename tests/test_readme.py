@@ -12,7 +12,8 @@ from trl_selfspec import SelfSpecGRPOConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PATH = re.compile(r"`?((?:tests|scripts|recipes|docs|benchmarks)/[\w./-]+)")
+DOCUMENTS = ["README.md", "CONTRIBUTING.md"]
+PATH = re.compile(r"`?((?:tests|scripts|recipes|experiments|docs|benchmarks)/[\w./-]+)")
 OWN_FIELDS = [f.name for f in fields(SelfSpecGRPOConfig) if f.name.startswith("selfspec_")] + ["use_selfspec"]
 
 
@@ -26,9 +27,10 @@ def test_every_own_field_is_documented() -> None:
     assert undocumented(["selfspec_not_there"], README)
 
 
-def test_every_named_file_exists() -> None:
-    """Prevents a README that points to what was renamed."""
-    paths = [match.rstrip(".") for match in PATH.findall(README)]
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_named_file_exists(document: str) -> None:
+    """Prevents a document that points to what was renamed."""
+    paths = [match.rstrip(".") for match in PATH.findall((ROOT / document).read_text())]
     assert len(paths) > 8
     assert not [path for path in paths if not (ROOT / path).exists()]
 

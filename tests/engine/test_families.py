@@ -40,6 +40,7 @@ EQUAL = [
     "qwen2_moe",  # leaves its window to the mask
     "stablelm",  # part of a head is rotated
 ]
+MORE_EXPERTS = {"afmoe", "glm4_moe", "hunyuan_v1_moe", "jetmoe", "minimax_m2", "qwen2_moe"}  # left to `make test-all`
 REFUSED = {
     "bart": "",  # positions from the cache's length
     "bloom": "",  # ALiBi in a mask
@@ -54,7 +55,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("family", EQUAL)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.slow) if name in MORE_EXPERTS else name for name in EQUAL]
+)
 def test_a_family_gives_what_transformers_gives(family: str) -> None:
     """Prevents samples from another distribution, and a crash after the start-up check has passed."""
     outcome = run_family(family)
@@ -137,6 +140,7 @@ def test_memory_per_token_is_what_the_layers_keep(
     assert not any(getattr(module, "paged_cache", None) for module in replica.model.modules())
 
 
+@pytest.mark.slow
 def test_the_script_writes_what_it_found(tmp_path: Path) -> None:
     """Prevents a table from a run in which a process died without a word."""
     arguments = ["--families", "llama", "lfm2", "--table", "models.md", "--json", "sweep.json"]

@@ -156,7 +156,13 @@ def teacher_forced(
     return torch.cat([row[start - 1 : start - 1 + length] for row, start, length in spans])
 
 
-@pytest.mark.parametrize(("dtype", "autocast_dtype"), DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "autocast_dtype"),
+    [
+        pytest.param(*types, id=name, marks=[] if name == "fp32" else pytest.mark.slow)
+        for name, types in DTYPES.items()
+    ],
+)
 def test_log_probabilities_are_the_policys_own(
     policy: LlamaForCausalLM, prompts: list[list[int]], dtype: torch.dtype, autocast_dtype: torch.dtype | None
 ) -> None:
@@ -182,7 +188,9 @@ def test_log_probabilities_are_the_policys_own(
     assert (wrong - reference).abs().mean() > limit
 
 
-@pytest.mark.parametrize("qtype", LOWEST_ALPHA)
+@pytest.mark.parametrize(
+    "qtype", ["qint4", *(pytest.param(qtype, marks=pytest.mark.slow) for qtype in ("qfloat8", "qint8"))]
+)
 def test_drafters_are_accepted(policy: LlamaForCausalLM, prompts: list[list[int]], qtype: str) -> None:
     """A drafter with a wrong scale, or one that is not the policy's, is accepted by chance only. That the bounds can
     fail shows in qint4, which fails those of the finer two."""
@@ -198,6 +206,7 @@ def test_drafters_are_accepted(policy: LlamaForCausalLM, prompts: list[list[int]
             assert stats.alpha < LOWEST_ALPHA["qint8"]
 
 
+@pytest.mark.slow
 def test_two_steps_of_grpo(policy: LlamaForCausalLM, tokenizer: Any, tmp_path: Path) -> None:
     """fp32 weights, under bf16 autocast where the recipe would: the engine serves every rollout and follows the
     weights. An engine that keeps the first step's is off by more in the second."""

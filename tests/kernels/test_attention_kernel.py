@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pairwise import pairwise
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -92,10 +93,7 @@ def close(actual: Tensor, expected: Tensor) -> bool:
     return bool(((actual - expected).abs() <= TOLERANCE[actual.dtype] * (1 + expected.abs())).all())
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP32])
-@pytest.mark.parametrize("steps", [1, 2, 5, 9, 17])
-@pytest.mark.parametrize("groups", [1, 3, 7])
-@pytest.mark.parametrize("window", [None, 1, 20])
+@pairwise(dtype=[BF16, FP32], steps=[1, 2, 5, 9, 17], groups=[1, 3, 7], window=[None, 1, 20])
 def test_the_kernel_equals_sdpa(spy: Spy, dtype: torch.dtype, steps: int, groups: int, window: int | None):
     """Ragged rows, grouped heads, windows. Negative control: one slot more or less is noticed."""
     heads, dim, capacity = 2, 64, 101

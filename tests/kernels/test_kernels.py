@@ -11,16 +11,17 @@ import int4_reference
 import pytest
 import torch
 import torch.nn.functional as F
+from pairwise import pairwise
 from torch import Tensor
 
 from trl_selfspec import kernels
 from trl_selfspec.kernels import int4
-from trl_selfspec.kernels import linear as dispatch
 from trl_selfspec.kernels.cpu import build, machine
 from trl_selfspec.kernels.cpu import linear as cpu
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
+INSTRUCTION_SETS = ["avx2", "avx512_bf16"]  # the fixture's
 
 # A correctly rounded bf16 result is within 2^-9 of the exact sum; twice that leaves room for the sum's own error.
 BF16_RELATIVE = 2**-8
@@ -66,14 +67,20 @@ def within(y: Tensor, exact: Tensor, magnitude: Tensor) -> bool:
 
 @needs_kernels
 @pytest.mark.usefixtures("instruction_set")
-@pytest.mark.parametrize("m", [*range(1, 12), 16, 17, 33, 64, 65, 130])
-@pytest.mark.parametrize(("n", "k"), [(768, 256), (31, 2049), (1, 17), (7, 100), (98, 1)])
-@pytest.mark.parametrize(("scale", "bias_dtype"), [(1e-4, None), (1.0, BF16), (1e4, FP32)])
-@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pairwise(
+    indirect=["instruction_set"],
+    instruction_set=INSTRUCTION_SETS,
+    m=[*range(1, 12), 16, 17, 33, 64, 65, 130],
+    shape=[(768, 256), (31, 2049), (1, 17), (7, 100), (98, 1)],
+    scale=[1e-4, 1.0, 1e4],
+    bias_dtype=[None, BF16, FP32],
+    dtype=[BF16, FP32],
+)
 def test_dense_kernel_equals_its_twin(
-    m: int, n: int, k: int, scale: float, bias_dtype: torch.dtype | None, dtype: torch.dtype
+    m: int, shape: tuple[int, int], scale: float, bias_dtype: torch.dtype | None, dtype: torch.dtype
 ):
     """Catches wrong tails, tiles and biases."""
+    n, k = shape
     torch.manual_seed(m * n * k)
     x, w = (torch.randn(m, k) * scale).to(dtype), torch.randn(n, k).to(dtype)
     bias = None if bias_dtype is None else torch.randn(n).to(bias_dtype)
@@ -86,15 +93,17 @@ def test_dense_kernel_equals_its_twin(
 
 @needs_kernels
 @pytest.mark.usefixtures("instruction_set")
-@pytest.mark.parametrize("dtype", [BF16, FP32])
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 8, 33, 65])
-@pytest.mark.parametrize(
-    ("n", "k", "group_size"),
-    [(130, 896, 128), (7, 100, 128), (31, 960, 96), (17, 576, 64), (5, 96, 32), (33, 20, 32), (2, 1000, 128)],
+@pairwise(
+    indirect=["instruction_set"],
+    instruction_set=INSTRUCTION_SETS,
+    dtype=[BF16, FP32],
+    m=[1, 2, 3, 4, 5, 8, 33, 65],
+    shape=[(130, 896, 128), (7, 100, 128), (31, 960, 96), (17, 576, 64), (5, 96, 32), (33, 20, 32), (2, 1000, 128)],
+    scale=[1e-3, 1.0, 1e3],
 )
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_int4_kernel_equals_its_twin(dtype: torch.dtype, m: int, n: int, k: int, group_size: int, scale: float):
+def test_int4_kernel_equals_its_twin(dtype: torch.dtype, m: int, shape: tuple[int, int, int], scale: float):
     """Catches wrong nibbles, groups, tails and zero points. Negative control: the sign of the shift."""
+    n, k, group_size = shape
     torch.manual_seed(m * n * k)
     x = (torch.randn(m, k) * scale).to(dtype)
     packed, scale_shift = random_int4(n, k, group_size, dtype)
@@ -208,7 +217,7 @@ class Spy:
 def test_many_rows_are_torchs_where_it_is_faster(monkeypatch):
     """Proves that few rows take the fast path, and that more than the table says are left to torch."""
     spy = Spy(F.linear)
-    monkeypatch.setattr(dispatch.F, "linear", spy)
+    monkeypatch.setattr(F, "linear", spy)
     for dtype in (BF16, FP32):
         w, bias = torch.randn(16, 64).to(dtype), torch.randn(16).to(dtype)
         limit = machine.max_rows(dtype)

@@ -5,6 +5,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from pairwise import pairwise
 from torch import Tensor
 from triton_cases import BF16, DEVICE, FP16, FP32
 
@@ -18,6 +19,7 @@ from trl_selfspec.kv_cache.paged_cache import PagedCache
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 # Both sum in fp32, in different orders; the kernel rounds its weights to the dtype of the values, and both the result.
 TOLERANCE = {FP32: 2e-5, FP16: 2**-9, torch.bfloat16: 2**-6}
+MANY = pytest.param(17, marks=pytest.mark.slow)  # as many steps as the kernel takes: minutes in the interpreter
 
 
 @pytest.fixture(autouse=True)
@@ -114,9 +116,7 @@ def close(actual: Tensor, expected: Tensor) -> bool:
     return bool(((actual - expected).abs() <= TOLERANCE[actual.dtype] * (1 + expected.abs())).all())
 
 
-@pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
-@pytest.mark.parametrize(("steps", "groups"), [(1, 1), (1, 7), (2, 4), (5, 1), (5, 7), (17, 1), (17, 4)])
-@pytest.mark.parametrize("window", [None, 1, 20])
+@pairwise(dtype=[FP32, FP16, BF16], steps=[1, 2, 5, MANY], groups=[1, 4, 7], window=[None, 1, 20])
 def test_the_kernel_equals_its_twin(dtype: torch.dtype, steps: int, groups: int, window: int | None):
     """Ragged rows, grouped heads, windows. Negative control: a window that is off by one is noticed."""
     case = Case([steps, 37, 300], steps, groups=groups, dtype=dtype)
@@ -126,32 +126,35 @@ def test_the_kernel_equals_its_twin(dtype: torch.dtype, steps: int, groups: int,
     assert window is not None or not close(fast, case.twin(299))
 
 
-@pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
-@pytest.mark.parametrize(("softcap", "with_sinks"), [(2.0, False), (None, True), (2.0, True)])
-@pytest.mark.parametrize("window", [None, 100])
-def test_soft_caps_and_sinks(dtype: torch.dtype, softcap: float | None, with_sinks: bool, window: int | None):
+@pairwise(dtype=[FP32, FP16, BF16], extras=[(2.0, False), (None, True), (2.0, True)], window=[None, 100])
+def test_soft_caps_and_sinks(dtype: torch.dtype, extras: tuple[float | None, bool], window: int | None):
     """A sink counts once per query, not once per split; it must not be capped."""
-    case = Case([600, 3, 290], 3, groups=4, dtype=dtype)
-    sinks = 4 + 2 * case.randn(8) if with_sinks else None
+    softcap, with_sinks = extras
+    case = Case([290, 3, 270], 3, heads=1, groups=4, dtype=dtype)
+    sinks = 4 + 2 * case.randn(4) if with_sinks else None
     fast = case.kernel(softcap=softcap, sinks=sinks, window=window)
     assert close(fast, case.twin(window, softcap, sinks))
     assert not close(fast, case.twin(window, None, sinks if softcap else None))
 
 
-@pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
-@pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (80, 80), (96, 64), (128, 128), (192, 128), (256, 256)])
-@pytest.mark.parametrize("page_size", [16, 64, 270])
-def test_head_and_page_sizes(dtype: torch.dtype, dim: int, value_dim: int, page_size: int):
+@pairwise(
+    dtype=[FP32, FP16, BF16],
+    head=[(64, 64), (80, 80), (96, 64), (128, 128), (192, 128), (256, 256)],
+    page_size=[16, 64, 70],
+)
+def test_head_and_page_sizes(dtype: torch.dtype, head: tuple[int, int], page_size: int):
     """Sizes that are no powers of two are padded: the padding must reach neither scores nor the neighbouring head."""
-    case = Case([270, 65], 2, 3, 2, dim, value_dim, page_size, dtype)
+    case = Case([70, 65], 2, 3, 2, *head, page_size, dtype)
     assert close(case.kernel(), case.twin())
     assert not close(case.kernel(scale=0.5), case.twin())
 
 
-@pytest.mark.parametrize("lengths", [[4200, 1], [256, 257, 255, 512, 513], [4096, 4097]])
+@pytest.mark.parametrize(
+    "lengths", [[4200, 1], [256, 257, 255, 512, 513], pytest.param([4096, 4097], marks=pytest.mark.slow)]
+)
 def test_many_splits(lengths: list[int]):
     """More splits than are joined at a time, and lengths next to their borders."""
-    case = Case(lengths, groups=2, page_size=64)
+    case = Case(lengths, heads=1, groups=2, page_size=64)
     case.layer.keys.mul_(3)  # maxima that differ from split to split
     assert close(case.kernel(), case.twin())
     assert close(case.kernel(window=270), case.twin(270))
@@ -194,12 +197,14 @@ def test_unused_slots_may_hold_anything():
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
-def test_rows_do_not_see_their_neighbours(dtype: torch.dtype):
+@pytest.mark.parametrize("longest", [700, pytest.param(4300, marks=pytest.mark.slow)])
+def test_rows_do_not_see_their_neighbours(dtype: torch.dtype, longest: int):
     """Bitwise, whatever the batch and the longest row: splits lie at the same slots everywhere."""
-    case = Case([5, 700, 256, 4300], 2, groups=2, dtype=dtype, page_size=64)
-    together = case.kernel(window=4200)
-    for row, length in enumerate([5, 700, 256, 4300]):
-        assert torch.equal(case.kernel(slice(row, row + 1), num_slots=length, window=4200)[0], together[row])
+    lengths, window = [5, 300, 256, longest], longest - 100
+    case = Case(lengths, 2, heads=1, groups=2, dtype=dtype, page_size=64)
+    together = case.kernel(window=window)
+    for row, length in enumerate(lengths):
+        assert torch.equal(case.kernel(slice(row, row + 1), num_slots=length, window=window)[0], together[row])
 
 
 def test_positions_behind_the_last_slot_see_what_there_is():
@@ -211,10 +216,9 @@ def test_positions_behind_the_last_slot_see_what_there_is():
     assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("window", [None, 30])
-@pytest.mark.parametrize("extras", [{}, {"softcap": 3.0}, {"s_aux": True}])
-@pytest.mark.parametrize("picked", [False, True])
-@pytest.mark.parametrize("query_dtype", [FP32, FP16])
+@pairwise(
+    window=[None, 30], extras=[{}, {"softcap": 3.0}, {"s_aux": True}], picked=[False, True], query_dtype=[FP32, FP16]
+)
 def test_the_attention_function_gives_the_same_either_way(
     monkeypatch: pytest.MonkeyPatch,
     window: int | None,

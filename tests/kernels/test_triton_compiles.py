@@ -1,17 +1,17 @@
 """The kernels compile for GPUs without one: Triton brings its own assembler."""
 
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from forking import Forks, forks
 
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 SMALLEST_SHARED_MEMORY = 99 * 1024  # bytes a block may have, of Ampere's and Ada's consumer cards
 SPILLED = 16  # bytes, outside the loop
+CAPABILITIES = [pytest.param("80", marks=pytest.mark.slow), "90"]
 COMPILE = """
 import re, subprocess, sys, tempfile, triton
 import triton.language as tl
@@ -166,18 +166,21 @@ for rows in map(int, sys.argv[2].split()):
 """
 
 
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Without the interpreter, and with a cache of its own, or nothing would be compiled the second time."""
+    with forks(TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("cache"))) as forked:
+        yield forked
+
+
 @pytest.fixture
-def lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[list[str]]]:
-    """Runs a program without the interpreter: the words of the lines that it prints."""
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # or nothing would be compiled the second time
+def lines(forked: Forks, tmp_path: Path) -> Callable[..., list[list[str]]]:
+    """Runs a program: the words of the lines that it prints."""
 
     def run(program: str, *arguments: object) -> list[list[str]]:
         file = tmp_path / "program.py"  # triton reads the source of its functions
         file.write_text(COMPILE + program)
-        done = subprocess.run([sys.executable, str(file), *map(str, arguments)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return [line.split() for line in done.stdout.splitlines()]
+        return [line.split() for line in forked.run(file, *arguments).splitlines()]
 
     return run
 
@@ -199,7 +202,7 @@ def test_what_changes_with_the_batch_compiles_nothing(lines):
     assert not specialised & {"M", "num_steps", "groups", "gamma", "num_slots", "window", "table_row"}
 
 
-@pytest.mark.parametrize("capability", ["80", "90"])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(("dtype", "dim", "queries"), [("bf16", 128, 7), ("bf16", 256, 119), ("fp32", 80, 7)])
 def test_attention_compiles(capability: str, dtype: str, dim: int, queries: int, usage):
     """What the interpreter accepts may still be no Triton, or ask for more shared memory than a GPU has."""
@@ -231,7 +234,7 @@ def test_what_lies_between_products_compiles(capability: str, dtype: str, hidden
         assert shared <= SMALLEST_SHARED_MEMORY and spilled == 0
 
 
-@pytest.mark.parametrize("capability", ["80", "90"])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_int4_layers_compile(capability: str, usage):
     """Narrow and wide tiles, few and more rows: on tensor cores, weights copied ahead, nothing spilled."""
     shapes = "bf16/3584/18944/8", "bf16/152064/3584/8", "fp16/152064/3584/16", "fp16/3584/18944/32"

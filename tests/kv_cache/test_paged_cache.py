@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 import torch
 from cache_machine import CAPACITY, LAYERS, ROWS, STATEFUL, CacheMachine, assert_noticed
+from pairwise import pairwise
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -164,9 +165,9 @@ def attend(page_size: int | None, variant: dict, num_kv_heads: int, slack: int =
     return torch.cat(ours), torch.cat(textbook)
 
 
-@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("where", ["dense, our kernel", "dense", "pages of 1", "pages of 4"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pairwise(
+    num_kv_heads=[1, 2, 4], where=["dense, our kernel", "dense", "pages of 1", "pages of 4"], variant=[*VARIANTS]
+)
 def test_attention_is_masked_softmax(
     monkeypatch: pytest.MonkeyPatch, variant: str, where: str, num_kv_heads: int
 ) -> None:

@@ -42,7 +42,7 @@ def test_sound_policies_pass_with_room_to_spare(family: str, mode: str) -> None:
     assert calibration.distance < HEADROOM * calibration.limit
 
 
-@pytest.mark.parametrize("std", [0.02, 0.12])
+@pytest.mark.parametrize("std", [pytest.param(0.02, marks=pytest.mark.slow), 0.12])
 def test_a_deep_policy_of_a_large_vocabulary_passes(std: float) -> None:
     """A maximum over 152k logits refused these: the statistic grew with the vocabulary, and the limit did not."""
     sizes = {"vocab_size": 151_936, "num_hidden_layers": 64, "hidden_size": 64, "intermediate_size": 96}

@@ -113,12 +113,14 @@ def test_a_warm_start_needs_caches(tmp_path: Path) -> None:
     assert why is not None and "no caches" in why and not (tmp_path / "x.json").exists()
 
 
+@pytest.mark.slow
 def test_vllm_is_skipped_where_it_cannot_run(tmp_path: Path) -> None:
     args = Namespace(tiny=True, out=tmp_path, vllm_python="python")
     why = bench_goals.measure(BY_NAME["7b-vllm"].tiny(), args, tmp_path / "x.json", tmp_path / "x.log")
     assert why is not None and why.startswith("skipped: ") and "engine vllm: python has no vLLM" in why
 
 
+@pytest.mark.slow
 def test_the_runner_measures_once_and_shows_all_goals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A second call goes on from the files of the first."""
     arguments = ["--tiny", "--only", "7b-stock", "--out", str(tmp_path)]

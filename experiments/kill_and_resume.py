@@ -1,6 +1,6 @@
 """Does training in two processes survive `kill -9`? The embedded default under DDP and FSDP2, on CPUs.
 
-    python scripts/kill_and_resume.py [--launchers ddp fsdp2] [--max_steps 200] [--kill_at 120] [--out result.json]
+    python experiments/kill_and_resume.py [--launchers ddp fsdp2] [--max_steps 200] [--kill_at 120] [--out result.json]
 
 Each launcher trains twice: uninterrupted, and killed once step KILL_AT is logged, then resumed from its last
 checkpoint. What is checked, with exit status 1 if it does not hold: no step is missing from the resumed run's log, it
@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -20,10 +19,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import psutil
 import torch
-from bench.report import provenance
 from transformers.trainer_utils import get_last_checkpoint
+
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+from bench.processes import kill_tree
+from bench.report import provenance
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,17 +97,6 @@ def run(launcher: str, output_dir: Path, args: argparse.Namespace, kill: bool = 
 
 def steps_logged(log: Path) -> int:
     return log.read_text(errors="replace").count("'reward':")
-
-
-def kill_tree(process: subprocess.Popen) -> None:
-    """SIGKILL to the launcher and all its workers, which are in sessions of their own."""
-    if process.poll() is not None:
-        return
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        if member.is_running():
-            member.send_signal(signal.SIGKILL)
-    process.wait()
 
 
 def outcome(output_dir: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Acceptance of quantized drafters while their policy is trained, refreshed after every step or never.
 
-    python scripts/measure_acceptance.py [--size 135m] [--measure_every 2] [--out OUT] [arguments of the recipe]
+    python experiments/measure_acceptance.py [--size 135m] [--measure_every 2] [--out OUT] [arguments of the recipe]
 
 A policy is trained on generated arithmetic (once, some minutes), then by GRPO with SelfSpecGRPOTrainer; with
 `--config recipes/smollm2-135m/grpo_word_problems.yaml` policy and problems are that recipe's. Every few optimizer
@@ -20,9 +20,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from bench.report import provenance, write_result
 from datasets import Dataset
-from make_tiny_policy import SIZES
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -36,10 +34,12 @@ from transformers import (
 from trl_selfspec import SelfSpecEngine, SelfSpecGRPOTrainer, SelfSpecOptions
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("recipes", "scripts"))
 import arithmetic
 import grpo_math
 import smollm2
+from bench.report import provenance, write_result
+from make_tiny_policy import SIZES
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,9 +1,12 @@
 """The helper that tests launch commands with: what a command prints, its failure, its hanging."""
 
+import subprocess
 import sys
 import time
 
+import psutil
 import pytest
+from bench.processes import kill_tree
 from launching import run_to_end
 
 
@@ -25,3 +28,17 @@ def test_a_hanging_worker_in_a_session_of_its_own_ends_with_the_test() -> None:
             timeout_s=2,
         )
     assert time.monotonic() - start < 60
+
+
+def test_workers_in_sessions_of_their_own_are_killed() -> None:
+    """torchrun starts workers that its own process group does not hold: killed alone, they would train on."""
+    child = f"import subprocess, sys; subprocess.run([{sys.executable!r}, '-c', 'input()'], start_new_session=True)"
+    with subprocess.Popen([sys.executable, "-c", child], stdin=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 60
+        while not (workers := psutil.Process(process.pid).children()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        kill_tree(process)
+        _, alive = psutil.wait_procs(workers, timeout=60)
+    assert process.returncode == -9
+    assert not alive

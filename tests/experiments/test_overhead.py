@@ -6,6 +6,8 @@ import overhead
 import pytest
 
 
+pytestmark = pytest.mark.slow  # results of experiments stand in docs/LOG.md
+
 NAP_S = 0.02
 SLACK_S = 0.015  # a busy machine wakes late; half of a nap that is counted twice still shows
 

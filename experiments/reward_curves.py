@@ -1,6 +1,6 @@
 """Reward curves of the embedded default with and without speculation, over several seeds: do they overlap?
 
-    python scripts/reward_curves.py [--seeds 0 1 2] [--max_steps 40] [--out docs/reward_curves]
+    python experiments/reward_curves.py [--seeds 0 1 2] [--max_steps 40] [--out docs/reward_curves]
 
 Speculation is forced on (4 drafted tokens at any batch size): on a policy this small the gate would turn it off, and
 two curves without speculation would show nothing. Writes OUT.png and OUT.json (rewards, acceptance, provenance).

@@ -1,6 +1,6 @@
 """What the trainer costs beyond the engine: following the policy's weights, gathers, metrics. Shares of a step.
 
-    python scripts/overhead.py [--max_steps 20] [--out overhead.json] [arguments of the recipe]
+    python experiments/overhead.py [--max_steps 20] [--out overhead.json] [arguments of the recipe]
 
 Trains the embedded default. Every method of ours and every method of TRL's that it calls keeps its own seconds on one
 stack, so each second belongs to exactly one of: the engine's rollout, its refresh, our own code, and TRL's.
@@ -18,7 +18,6 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from bench.report import provenance, spread
 from trl import GRPOTrainer
 
 from trl_selfspec.drafter.drafter import DrafterManager
@@ -28,8 +27,9 @@ from trl_selfspec.trainer.mixin import SelfSpecMixin
 from trl_selfspec.trainer.trainers import SelfSpecGRPOTrainer
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("recipes", "scripts"))
 import grpo_math
+from bench.report import provenance, spread
 
 
 LIMIT = 0.03  # of a step
