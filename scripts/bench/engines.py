@@ -18,8 +18,7 @@ from trl_selfspec.control.stats import RolloutStats
 from trl_selfspec.drafter.drafter import requantize
 from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.sampling.ops import Outcome
-from trl_selfspec.sampling.samplers import RejectionSampler
+from trl_selfspec.sampling.samplers import RejectionSampler, VerifyResult
 
 
 ENGINES = ("stock", "continuous", "vllm", "plain", "selfspec")  # slowest first, roughly: the order of ratios
@@ -130,14 +129,14 @@ class SyntheticVerification(RejectionSampler):
         lots = torch.rand(NUM_LOTS, generator=torch.Generator().manual_seed(0))
         self.accepts = (lots < acceptance).long().to(seed.device)
 
-    def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Outcome:
+    def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> VerifyResult:
         real = super().verify(drafts, scores, row_ids, positions)
         start = row_ids.add(self.seed, alpha=LOTS_PER_SEED) * LOTS_PER_ROW
         places = (positions[:, : drafts.shape[1]] + start[:, None]).remainder_(NUM_LOTS)
         num_accepted = self.accepts[places].cumprod(dim=1).sum(dim=1)
         last = real.tokens.gather(1, real.num_accepted[:, None])
         tokens = torch.cat([drafts, last], dim=1).scatter(1, num_accepted[:, None], last)
-        return Outcome(num_accepted, tokens, real.logprobs)  # of other tokens: they mean nothing here
+        return VerifyResult(num_accepted, tokens, real.logprobs)  # of other tokens: they mean nothing here
 
 
 class SyntheticEngine(SelfSpecEngine):

@@ -1,7 +1,7 @@
 """`verification="coupled"` gives, token for token, what plain sampling gives for the seed."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,9 +12,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from trl_selfspec.engine.engine import RolloutOutput, SelfSpecEngine
 from trl_selfspec.engine.model_runner import ModelRunner
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.sampling import ops as draws
-from trl_selfspec.sampling.rejection import Verdict
-from trl_selfspec.sampling.rng import gumbel
+from trl_selfspec.sampling import samplers
+from trl_selfspec.sampling.rng import Purpose, random_key
+from trl_selfspec.sampling.samplers import Draw, RejectionSampler
 
 
 PROMPTS = ragged_prompts([1, 20, 2, 5, 9, 14, 1, 9, 3, 3, 11, 6])
@@ -25,7 +25,6 @@ PARAMETERS: list[dict[str, Any]] = [
     {"top_k": 12},
     {"top_p": 0.8},
     {"repetition_penalty": 1.3},
-    {"no_repeat_ngram_size": 2},
     {"temperature": 1.2, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.2, "min_new_tokens": 4},
 ]
 
@@ -40,8 +39,13 @@ def model() -> PreTrainedModel:
 
 
 @built_once
-def make_engine(model: PreTrainedModel, *draft_lengths: int, max_batch_size: int | None) -> SelfSpecEngine:
-    options = SelfSpecOptions(draft_qtype="qint4", verification="coupled", max_batch_size=max_batch_size)
+def make_engine(
+    model: PreTrainedModel,
+    *draft_lengths: int,
+    max_batch_size: int | None,
+    verification: Literal["coupled", "rejection"] = "coupled",
+) -> SelfSpecEngine:
+    options = SelfSpecOptions(draft_qtype="qint4", verification=verification, max_batch_size=max_batch_size)
     engine = SelfSpecEngine(model, options, controller=Schedule(*draft_lengths))
     spoil(engine, noise=0.1)
     return engine
@@ -52,9 +56,10 @@ def sample(
     *draft_lengths: int,
     prompts: list[list[int]] = PROMPTS,
     max_batch_size: int | None = None,
+    verification: Literal["coupled", "rejection"] = "coupled",
     **parameters: Any,
 ) -> RolloutOutput:
-    engine = make_engine(model, *draft_lengths, max_batch_size=max_batch_size)
+    engine = make_engine(model, *draft_lengths, max_batch_size=max_batch_size, verification=verification)
     values = {"max_new_tokens": 24, "do_sample": True, "top_k": 0, "eos_token_id": [20, 21, 22, 23]}
     return engine.generate(prompts, GenerationConfig(**values | parameters), seed=SEED)
 
@@ -100,6 +105,21 @@ def test_samples_do_not_depend_on_the_batch(model: PreTrainedModel, batch_size: 
     assert few.completion_ids == sample(model, 0).completion_ids[:batch_size]
 
 
+def test_plain_rounds_of_both_modes_draw_the_same_tokens(
+    monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel
+) -> None:
+    """There is one way to draw: switching the mode must not change what a seed means while nothing is drafted."""
+    coupled = sample(model, 0)
+    assert_same(sample(model, 0, verification="rejection"), coupled)
+
+    def draw(self: RejectionSampler, scores: Tensor, row_ids: Tensor, positions: Tensor) -> Draw:
+        return samplers.sample(scores, self.seed, row_ids, positions, Purpose.DRAFT)
+
+    monkeypatch.setattr(RejectionSampler, "draw", draw)
+    other = sample(model, 0, verification="rejection")
+    assert other.completion_ids != coupled.completion_ids, "negative control: noise of another purpose"
+
+
 def test_a_sliding_window_keeps_the_samples() -> None:
     """Prevents a window measured from the draft's end."""
     model = tiny_model("gemma3_text")
@@ -110,24 +130,24 @@ def test_a_sliding_window_keeps_the_samples() -> None:
 
 
 def noise_of_the_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shifted(seed: Tensor, rows: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-        return gumbel(seed, rows, positions + positions.dim(), vocab_size)
+    def shifted(seed: Tensor, rows: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
+        return random_key(seed, rows, positions - positions[0], purpose)
 
-    monkeypatch.setattr(draws, "gumbel", shifted)
+    monkeypatch.setattr(samplers, "random_key", shifted)
 
 
 def noise_of_the_place_in_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    def by_place(seed: Tensor, rows: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-        return gumbel(seed, torch.arange(len(rows)).view(rows.shape), positions, vocab_size)
+    def by_place(seed: Tensor, rows: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
+        return random_key(seed, torch.arange(len(rows)).view(rows.shape), positions, purpose)
 
-    monkeypatch.setattr(draws, "gumbel", by_place)
+    monkeypatch.setattr(samplers, "random_key", by_place)
 
 
 def drafts_that_stand(monkeypatch: pytest.MonkeyPatch) -> None:
-    def verify(drafts: Tensor, tokens: Tensor) -> Verdict:
-        return Verdict(torch.full((len(drafts),), drafts.shape[1]), torch.cat([drafts, tokens[:, -1:]], 1))
+    def verify(drafts: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.full((len(drafts),), drafts.shape[1]), torch.cat([drafts, tokens[:, -1:]], 1)
 
-    monkeypatch.setattr(draws, "verify_coupled", verify)
+    monkeypatch.setattr(samplers, "verify_coupled", verify)
 
 
 def one_history_for_all_positions(monkeypatch: pytest.MonkeyPatch) -> None:

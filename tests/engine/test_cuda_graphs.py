@@ -197,20 +197,6 @@ def test_many_laws_do_not_pile_up(model: PreTrainedModel):
     assert counts[:-1] == sorted(counts[:-1]) and 0 < counts[-1] < counts[-2] / 2, "the fifth law begins anew"
 
 
-HOST_LAWS = [{"no_repeat_ngram_size": 3}, {"top_h": 0.5}]
-
-
-@pytest.mark.parametrize("law", HOST_LAWS, ids=str)
-def test_laws_that_need_the_host_run_eagerly(model: PreTrainedModel, law: dict[str, Any]):
-    """A processor that reads token ids on the host can't be captured; it must not be frozen either."""
-    eager, captured = eager_engine(model), make_engine(model, record)
-    assert same(generate(captured, SAMPLING | law), generate(eager, SAMPLING | law))
-    assert len(captured.graphs) == 0
-    required = make_engine(model, record, cuda_graphs=True)
-    with pytest.raises(CaptureError, match="sampling parameters need the host"):
-        generate(required, SAMPLING | law)
-
-
 def fails(function: Callable) -> Callable:
     raise RuntimeError("operation not permitted when stream is capturing")
 

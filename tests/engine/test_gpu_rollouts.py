@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from trl_selfspec import SelfSpecEngine, SelfSpecOptions
 from trl_selfspec.engine.cuda_graphs import CudaCapture
 from trl_selfspec.engine.engine import RolloutOutput
-from trl_selfspec.sampling import samplers as verification
+from trl_selfspec.sampling import samplers
 
 
 pytestmark = pytest.mark.gpu
@@ -108,7 +108,7 @@ def test_drafts_taken_on_trust_are_noticed(monkeypatch: pytest.MonkeyPatch):
 
     model = make_model(torch.bfloat16)
     plain = largest_gap(model, generate(make_engine(model, (0,)), GREEDY))
-    greedy = verification.GreedySampler
+    greedy = samplers.GreedySampler
     monkeypatch.setattr(greedy, "verify", trust(greedy.verify))
     engine = make_engine(model)
     spoil(engine, noise=1.0)

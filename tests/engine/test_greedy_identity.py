@@ -12,8 +12,7 @@ from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.engine.model_runner import ModelRunner, PendingRound, RoundResult
 from trl_selfspec.kv_cache.paged_cache import PagedCache
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.sampling import ops as draws
-from trl_selfspec.sampling.rejection import Verdict
+from trl_selfspec.sampling import samplers
 
 
 LENGTHS = [1, 20, 2, 5, 9, 14, 1, 9] * 4
@@ -224,18 +223,18 @@ def test_the_drafter_decides_speed_alone(llama: PreTrainedModel, qtype: str, noi
 
 
 def accept_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    def verify(drafts: torch.Tensor, tokens: torch.Tensor) -> Verdict:
-        return Verdict(torch.full((len(drafts),), drafts.shape[1]), torch.cat([drafts, tokens[:, -1:]], 1))
+    def verify(drafts: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full((len(drafts),), drafts.shape[1]), torch.cat([drafts, tokens[:, -1:]], 1)
 
-    monkeypatch.setattr(draws, "verify_coupled", verify)
+    monkeypatch.setattr(samplers, "verify_coupled", verify)
 
 
 def accept_one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    def verify(drafts: torch.Tensor, tokens: torch.Tensor) -> Verdict:
+    def verify(drafts: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         accepted = (drafts == tokens[:, :-1]).long().cumprod(1).sum(1)
-        return Verdict((accepted + 1).clamp(max=drafts.shape[1]), tokens)
+        return (accepted + 1).clamp(max=drafts.shape[1]), tokens
 
-    monkeypatch.setattr(draws, "verify_coupled", verify)
+    monkeypatch.setattr(samplers, "verify_coupled", verify)
 
 
 def show_one_slot_too_many(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,9 +217,9 @@ def forget_row_ids(monkeypatch: pytest.MonkeyPatch) -> None:
 def draw_from_the_global_generator(monkeypatch: pytest.MonkeyPatch) -> None:
     def rand(seed: Tensor, rows: Tensor, positions: Tensor, purpose: int | Tensor) -> Tensor:
         shapes = (tensor.shape for tensor in (rows, positions, torch.as_tensor(purpose)))
-        return torch.rand(torch.broadcast_shapes(*shapes), dtype=torch.float64)
+        return torch.randint(-(2**63), 2**63 - 1, torch.broadcast_shapes(*shapes))
 
-    monkeypatch.setattr("trl_selfspec.sampling.ops.uniform", rand)
+    monkeypatch.setattr("trl_selfspec.sampling.samplers.random_key", rand)
 
 
 @pytest.mark.parametrize("sabotage", [see_the_neighbours, forget_row_ids, draw_from_the_global_generator])

@@ -1,4 +1,4 @@
-"""The whole engine samples the policy's law: chi-square on the joint law of three tokens, exact law by enumeration.
+"""The whole engine samples the policy's distribution: chi-square on three tokens, the exact one by enumeration.
 
 The reference is a plain forward of the model and transformers' own processors on every prefix, so that it shares
 nothing with the engine. The drafter is wrong about half of the time.
@@ -19,11 +19,9 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from trl_selfspec.engine.engine import RolloutOutput, SelfSpecEngine
 from trl_selfspec.engine.model_runner import ModelRunner
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.sampling import ops as draws
-from trl_selfspec.sampling import rejection
-from trl_selfspec.sampling.ops import Proposal
-from trl_selfspec.sampling.rng import Purpose, uniform
-from trl_selfspec.sampling.samplers import RejectionSampler
+from trl_selfspec.sampling import rejection, samplers
+from trl_selfspec.sampling.rng import Purpose, gumbel, random_key
+from trl_selfspec.sampling.samplers import DraftBuffer, Draw, RejectionSampler, VerifyResult
 
 
 VOCAB = 8
@@ -31,10 +29,7 @@ EOS = 0
 ENDED = VOCAB  # the outcome of a position behind the end
 TOKENS = 3
 PROMPT = [3, 5]
-ROWS = 8_000
-FEWER_ROWS = 6_000  # for negative controls
-ROWS_BY_ROW = 2_000  # where processors run row by row
-ROW_BY_ROW = {"no_repeat_ngram_size", "exponential_decay_length_penalty", "begin_suppress_tokens"}
+ROWS = 8_000  # all negative controls but one fail at this size
 
 PARAMETERS: list[dict[str, Any]] = [
     {},
@@ -53,9 +48,6 @@ PARAMETERS: list[dict[str, Any]] = [
     {"suppress_tokens": [6]},
     {"bad_words_ids": [[7], [4]]},
     {"sequence_bias": [[[1], 2.0]]},
-    {"no_repeat_ngram_size": 1},
-    {"exponential_decay_length_penalty": (1, 2.0)},
-    {"begin_suppress_tokens": [6, 7]},
     {"temperature": 0.8, "top_k": 6, "top_p": 0.9, "min_p": 0.02},
     {"temperature": 1.4, "top_p": 0.85, "repetition_penalty": 1.8, "min_new_tokens": 3},
 ]
@@ -121,7 +113,7 @@ def exact_law(model: PreTrainedModel, config: GenerationConfig) -> np.ndarray:
     return joint_law(conditionals)
 
 
-def sampled(engine: SelfSpecEngine, parameters: dict[str, Any], rows: int) -> tuple[np.ndarray, RolloutOutput]:
+def sampled(engine: SelfSpecEngine, parameters: dict[str, Any], rows: int = ROWS) -> tuple[np.ndarray, RolloutOutput]:
     """How often each triple of outcomes came up."""
     output = engine.generate([PROMPT] * rows, sampling_config(parameters), seed=11)
     outcomes = np.full((rows, TOKENS), ENDED)
@@ -137,9 +129,7 @@ def test_samples_follow_the_policys_law(model: PreTrainedModel, parameters: dict
     Odds of a false alarm over the module: 1e-4.
     """
     law = exact_law(model, sampling_config(parameters))
-    counts, output = sampled(
-        make_engine(model, 2), parameters, ROWS_BY_ROW if ROW_BY_ROW & parameters.keys() else ROWS
-    )
+    counts, output = sampled(make_engine(model, 2), parameters)
     for examined, accepted in zip(
         output.stats.examined_per_position[:2], output.stats.accepted_per_position, strict=False
     ):
@@ -158,7 +148,7 @@ def test_samples_follow_the_law_for_any_schedule_of_draft_lengths(
     """Prevents numbers drawn for a discarded draft from correlating with those of the next round."""
     law = exact_law(model, sampling_config(COMBINED))
     engine = make_engine(model, *draft_lengths, verification=verification)
-    counts, output = sampled(engine, COMBINED, ROWS)
+    counts, output = sampled(engine, COMBINED)
     assert chi_square(counts, law) > THRESHOLD
     if len(draft_lengths) > 1:
         assert output.stats.plain_rounds
@@ -168,7 +158,7 @@ def test_samples_follow_the_law_for_any_schedule_of_draft_lengths(
 def test_the_parameters_change_the_law(model: PreTrainedModel) -> None:
     """Negative control: samples without any parameter fail the test of every parameter's law, so each is felt."""
     laws = [exact_law(model, sampling_config(parameters)) for parameters in PARAMETERS]
-    counts, _ = sampled(make_engine(model, 2), {}, ROWS)
+    counts, _ = sampled(make_engine(model, 2), {})
     assert [chi_square(counts, law) > THRESHOLD for law in laws] == [True] + [False] * (len(laws) - 1)
 
 
@@ -179,7 +169,7 @@ Sabotage = Callable[[pytest.MonkeyPatch], None]
 
 def mutated_rejection(old: str, new: str) -> Sabotage:
     def sabotage(monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(draws, "verify_rejection", mutant(rejection, (old, new)).verify_rejection)
+        monkeypatch.setattr(samplers, "verify_rejection", mutant(rejection, (old, new)).verify_rejection)
 
     return sabotage
 
@@ -201,38 +191,42 @@ def histories_shifted_in_both(monkeypatch: pytest.MonkeyPatch) -> None:
 def parameters_missing_in_the_recorded_draft_law(monkeypatch: pytest.MonkeyPatch) -> None:
     true_propose = RejectionSampler.propose
 
-    def propose(self: RejectionSampler, scores: Tensor, row_ids: Tensor, positions: Tensor, step: Tensor) -> Proposal:
+    def propose(self: RejectionSampler, scores: Tensor, row_ids: Tensor, positions: Tensor, step: Tensor) -> Draw:
         draft = true_propose(self, scores, row_ids, positions, step)
-        self._memory[len(scores)].laws[:, step] = (scores * 0.6).softmax(-1)  # the temperature of COMBINED undone
+        self.drafts.of(scores)[:, step] = (scores * 0.6).softmax(-1)  # the temperature of COMBINED undone
         return draft
 
     monkeypatch.setattr(RejectionSampler, "propose", propose)
 
 
-def drafting_instead_of(purpose: Purpose, purposes: Purpose | Tensor) -> Tensor:
-    purposes = torch.as_tensor(purposes)
-    return torch.where(purposes == purpose, Purpose.DRAFT, purposes)
+def drafts_accepted_by_their_own_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    verify = samplers.verify_by_rejection
+
+    def shared(
+        scores: Tensor, drafts: Tensor, draft_probs: Tensor, seed: Tensor, row_ids: Tensor, positions: Tensor
+    ) -> VerifyResult:
+        keys = random_key(seed, row_ids[:, None], positions[:, :-1], Purpose.DRAFT)
+        noise = gumbel(keys, VOCAB).gather(-1, drafts[..., None])[..., 0]
+        monkeypatch.setattr(samplers, "uniform", lambda keys: torch.exp(-torch.exp(-noise.double())))
+        return verify(scores, drafts, draft_probs, seed, row_ids, positions)
+
+    monkeypatch.setattr(samplers, "verify_by_rejection", shared)
 
 
-def one_number_for_drafting_and_accepting(monkeypatch: pytest.MonkeyPatch) -> None:
+def recovered_tokens_drawn_with_their_drafts_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     def shared(seed: Tensor, rows: Tensor, positions: Tensor, purpose: Purpose | Tensor) -> Tensor:
-        return uniform(seed, rows, positions, drafting_instead_of(Purpose.ACCEPT, purpose))
+        purpose = torch.as_tensor(purpose)
+        purpose = torch.where(purpose == Purpose.RECOVER, Purpose.DRAFT, purpose)
+        return random_key(seed, rows, positions, purpose)
 
-    monkeypatch.setattr(draws, "uniform", shared)
-
-
-def one_number_for_drafting_and_recovering(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shared(seed: Tensor, rows: Tensor, positions: Tensor, purpose: Purpose | Tensor) -> Tensor:
-        return uniform(seed, rows, positions, drafting_instead_of(Purpose.RECOVER, purpose))
-
-    monkeypatch.setattr(draws, "uniform", shared)
+    monkeypatch.setattr(samplers, "random_key", shared)
 
 
 def numbers_keyed_by_the_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offset(seed: Tensor, rows: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
-        return uniform(seed, rows, positions - positions.flatten()[0], purpose)
+    def offset(seed: Tensor, rows: Tensor, positions: Tensor, purpose: Purpose | Tensor) -> Tensor:
+        return random_key(seed, rows, positions - positions.flatten()[0], purpose)
 
-    monkeypatch.setattr(draws, "uniform", offset)
+    monkeypatch.setattr(samplers, "random_key", offset)
 
 
 def the_drafter_verifies_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,11 +254,13 @@ SABOTAGE: dict[str, Sabotage] = {
     "target histories shifted": histories_shifted_in_the_target,
     "all histories shifted": histories_shifted_in_both,
     "temperature missing in q": parameters_missing_in_the_recorded_draft_law,
-    "draft number accepts": one_number_for_drafting_and_accepting,
-    "draft number recovers": one_number_for_drafting_and_recovering,
+    "draft number accepts": drafts_accepted_by_their_own_noise,
+    "draft number recovers": recovered_tokens_drawn_with_their_drafts_noise,
     "numbers of the first round again": numbers_keyed_by_the_round,
     "drafter verifies": the_drafter_verifies_itself,
 }
+# The winner of the draft's noise is not in the residual distribution; of the others it only says that they lost.
+WEAKLY_FELT, WEAKLY_FELT_ROWS = {"draft number recovers"}, 40_000
 
 
 @pytest.mark.parametrize("name", SABOTAGE)
@@ -272,13 +268,14 @@ def test_a_broken_engine_is_noticed(monkeypatch: pytest.MonkeyPatch, model: PreT
     """Negative controls: the chi-square above rejects each of these."""
     engine, law = make_engine(model, 2, 1), exact_law(model, sampling_config(COMBINED))
     SABOTAGE[name](monkeypatch)
-    assert chi_square(sampled(engine, COMBINED, FEWER_ROWS)[0], law) < THRESHOLD
+    counts, _ = sampled(engine, COMBINED, WEAKLY_FELT_ROWS if name in WEAKLY_FELT else ROWS)
+    assert chi_square(counts, law) < THRESHOLD
 
 
-def test_what_drafts_leave_is_held_once_for_all_batch_sizes() -> None:
-    """At 152k words it is megabytes a row; a batch that grows or shrinks must not hold it again for every size."""
-    made = RejectionSampler(torch.tensor(0), longest_draft=2)
-    memories = [made._remember(torch.zeros(rows, 8)) for rows in (1, 4, 16, 2, 9)]
-    assert len({memory.laws.data_ptr() for memory in memories}) == 1
-    assert [len(memory.laws) for memory in memories] == [1, 4, 16, 2, 9]
-    assert made._remember(torch.zeros(17, 8)).laws.data_ptr() != memories[0].laws.data_ptr()
+def test_draft_distributions_are_held_once_for_all_batch_sizes() -> None:
+    """At 152k tokens it is megabytes a row; a batch that grows or shrinks must not hold it again for every size."""
+    buffer = DraftBuffer(longest_draft=2)
+    views = [buffer.of(torch.zeros(rows, 8)) for rows in (1, 4, 16, 2, 9)]
+    assert len({view.data_ptr() for view in views}) == 1
+    assert [view.shape for view in views] == [(rows, 2, 8) for rows in (1, 4, 16, 2, 9)]
+    assert buffer.of(torch.zeros(17, 8)).data_ptr() != views[0].data_ptr()

@@ -19,7 +19,7 @@ from trl_selfspec.engine.model_runner import Program
 from trl_selfspec.engine.request import make_requests
 from trl_selfspec.engine.rollout import Rollout
 from trl_selfspec.policy.replica import PolicyReplica
-from trl_selfspec.sampling import samplers as verification
+from trl_selfspec.sampling import samplers
 from trl_selfspec.sampling.logits_processing import BatchedLogitsProcessor, effective_generation_config
 
 
@@ -84,6 +84,6 @@ def a_host_sync(scores: Tensor, *args: Tensor) -> Tensor:
 @pytest.mark.parametrize("mistake", [a_host_tensor, a_host_sync])
 def test_a_round_that_leaves_its_device_is_noticed(monkeypatch: pytest.MonkeyPatch, mistake: Callable):
     """Negative control: meta tensors put up with some mixtures."""
-    monkeypatch.setattr(verification.RejectionSampler, "draw", lambda self, *args: mistake(*args))
+    monkeypatch.setattr(samplers.RejectionSampler, "draw", lambda self, *args: mistake(*args))
     with pytest.raises(RuntimeError, match=r"device|meta"):
         run(rollout("qwen2", "sampling", "rejection"))

@@ -1,5 +1,6 @@
 """Rejection keeps the target's law; coupling keeps its samples. Unit level: tables of laws, no model."""
 
+import math
 from collections.abc import Callable
 from types import ModuleType
 
@@ -13,12 +14,13 @@ from torch import Tensor
 
 from trl_selfspec.sampling import rejection
 from trl_selfspec.sampling.rejection import residual, verify_coupled, verify_rejection
-from trl_selfspec.sampling.rng import Purpose, sample_inverse_cdf, uniform
+from trl_selfspec.sampling.rng import Purpose, gumbel, random_key, uniform
 
 
 VOCAB = 8
 ROWS = 250_000
 SEED = torch.tensor(20240817)
+Draw = Callable[[Tensor, Tensor], Tensor]
 exactly = settings(max_examples=200, deadline=None, derandomize=True)
 
 
@@ -89,24 +91,26 @@ def test_residual_leaves_its_arguments_alone() -> None:
 
 
 def scalar_rule(
-    drafts: list[int], q: list[list[float]], p: list[list[float]], accept: list[float], resample: list[float]
+    drafts: list[int], q: list[list[float]], p: list[list[float]], accept: list[float], noise: list[list[float]]
 ) -> list[int]:
     """Leviathan et al.'s algorithm 1 for one row, with lists and loops."""
     for k, x in enumerate(drafts):
         if accept[k] * q[k][x] >= p[k][x]:
             weights = [max(a - b, 0.0) for a, b in zip(p[k], q[k], strict=True)]
             weights = weights if sum(weights) > 0 else p[k]
-            return [*drafts[:k], first_above(weights, resample[k])]
-    return [*drafts, first_above(p[-1], resample[-1])]
+            return [*drafts[:k], best(weights, noise[k])]
+    return [*drafts, best(p[-1], noise[-1])]
 
 
-def first_above(weights: list[float], u: float) -> int:
-    height, total = u * sum(weights), 0.0
-    for token, weight in enumerate(weights):
-        total += weight
-        if total > height:
-            return token
-    raise AssertionError("no mass above u")
+def best(weights: list[float], noise: list[float]) -> int:
+    """Gumbel-max, as an exponential race: the largest weight per waiting time."""
+    return max(range(len(weights)), key=lambda token: weights[token] * math.exp(noise[token]))
+
+
+def drawing_with(noise: Tensor) -> Draw:
+    """Draws with the noise (B, γ+1, V) of the place where a round's last token goes."""
+    row = torch.arange(len(noise))
+    return lambda probs, num_accepted: (probs.log() + noise[row, num_accepted]).argmax(-1)
 
 
 @exactly
@@ -122,21 +126,24 @@ def test_vectorised_rule_equals_the_scalar_one(batch: int, gamma: int, vocab: in
         weights = draw(batch, length, vocab) ** 4 + 1e-3
         return weights / weights.sum(-1, keepdim=True)
 
-    q, p, accept, resample = some_laws(gamma), some_laws(gamma + 1), draw(batch, gamma), draw(batch, gamma + 1)
-    drafts = sample_inverse_cdf(q, draw(batch, gamma))
-    verdict = verify_rejection(drafts, q, p, accept, resample)
+    def some_noise(length: int) -> Tensor:
+        return -(-draw(batch, length, vocab).log()).log()
+
+    q, p, accept, noise = some_laws(gamma), some_laws(gamma + 1), draw(batch, gamma), some_noise(gamma + 1)
+    drafts = (q.log() + some_noise(gamma)).argmax(-1)
+    num_accepted, tokens = verify_rejection(drafts, q, p, accept, drawing_with(noise))
     for b in range(batch):
-        expected = scalar_rule(*(t[b].tolist() for t in (drafts, q, p, accept, resample)))
-        assert verdict.tokens[b, : verdict.num_accepted[b] + 1].tolist() == expected
-    assert verdict.tokens.shape == (batch, gamma + 1)
-    assert verdict.tokens.dtype == torch.int64
+        expected = scalar_rule(*(t[b].tolist() for t in (drafts, q, p, accept, noise)))
+        assert tokens[b, : num_accepted[b] + 1].tolist() == expected
+    assert tokens.shape == (batch, gamma + 1)
+    assert tokens.dtype == torch.int64
 
 
 def impossible_draft(module: ModuleType) -> int:
     """Token 0 is drafted, the target forbids it, and u is exactly 0."""
     q, p = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0], [0.5, 0.5]]])
-    zeros = torch.zeros(1, 2, dtype=torch.float64)
-    return int(module.verify_rejection(torch.tensor([[0]]), q, p, zeros[:, :1], zeros).tokens[0, 0])
+    draw = drawing_with(torch.zeros(1, 2, 2))
+    return int(module.verify_rejection(torch.tensor([[0]]), q, p, torch.zeros(1, 1).double(), draw)[1][0, 0])
 
 
 def test_forbidden_token_is_not_accepted_at_u_zero() -> None:
@@ -151,20 +158,20 @@ def test_control_a_weak_inequality_accepts_the_forbidden_token() -> None:
 def test_equal_laws_accept_everything() -> None:
     """A drafter equal to the policy loses nothing, at the largest uniform too."""
     law = torch.softmax(torch.randn(64, 3, VOCAB, generator=torch.Generator().manual_seed(0)), -1)
-    drafts = sample_inverse_cdf(law[:, :2], uniform(SEED, torch.arange(64)[:, None], torch.arange(2), Purpose.DRAFT))
-    largest = torch.full((64, 3), 1 - 2.0**-53, dtype=torch.float64)
-    verdict = verify_rejection(drafts, law[:, :2], law, largest[:, :2], largest)
-    assert (verdict.num_accepted == 2).all()
-    assert torch.equal(verdict.tokens[:, :2], drafts)
+    drafts = drawn(law[:, :2], random_key(SEED, torch.arange(64)[:, None], torch.arange(2), Purpose.DRAFT))
+    largest = torch.full((64, 2), 1 - 2.0**-53, dtype=torch.float64)
+    num_accepted, tokens = verify_rejection(drafts, law[:, :2], law, largest, drawing_with(torch.zeros(64, 3, VOCAB)))
+    assert (num_accepted == 2).all()
+    assert torch.equal(tokens[:, :2], drafts)
 
 
 def test_nan_draft_law_gives_the_target() -> None:
     """A broken drafter costs speed, never a wrong sample."""
     q, p = torch.full((1, 1, 3), torch.nan), torch.tensor([[[0.0, 0.25, 0.75], [1.0, 0.0, 0.0]]])
-    accept, resample = torch.zeros(1, 1, dtype=torch.float64), torch.tensor([[0.5, 0.0]], dtype=torch.float64)
-    verdict = verify_rejection(torch.tensor([[1]]), q, p, accept, resample)
-    assert verdict.num_accepted.tolist() == [0]
-    assert verdict.tokens[0, 0] == 2
+    accept, draw = torch.zeros(1, 1, dtype=torch.float64), drawing_with(torch.zeros(1, 2, 3))
+    num_accepted, tokens = verify_rejection(torch.tensor([[1]]), q, p, accept, draw)
+    assert num_accepted.tolist() == [0]
+    assert tokens[0, 0] == 2
 
 
 def test_rows_do_not_see_their_neighbours() -> None:
@@ -173,31 +180,31 @@ def test_rows_do_not_see_their_neighbours() -> None:
     q = torch.softmax(2 * torch.randn(32, 3, VOCAB, generator=generator), -1)
     p = torch.softmax(2 * torch.randn(32, 4, VOCAB, generator=generator), -1)
     row, position = torch.arange(32)[:, None], torch.arange(4)
-    accept, resample = (uniform(SEED, row, position, purpose) for purpose in (Purpose.ACCEPT, Purpose.RECOVER))
-    drafts = sample_inverse_cdf(q, uniform(SEED, row, position[:3], Purpose.DRAFT))
-    together = verify_rejection(drafts, q, p, accept[:, :3], resample)
+    accept = uniform(random_key(SEED, row, position[:3], Purpose.ACCEPT))
+    noise = gumbel(random_key(SEED, row, position, Purpose.RECOVER), VOCAB)
+    drafts = drawn(q, random_key(SEED, row, position[:3], Purpose.DRAFT))
+    together = verify_rejection(drafts, q, p, accept, drawing_with(noise))
     for b in range(32):
         one = slice(b, b + 1)
-        alone = verify_rejection(drafts[one], q[one], p[one], accept[one, :3], resample[one])
-        assert torch.equal(alone.tokens, together.tokens[one])
-        assert torch.equal(alone.num_accepted, together.num_accepted[one])
+        alone = verify_rejection(drafts[one], q[one], p[one], accept[one], drawing_with(noise[one]))
+        assert all(torch.equal(single, many[one]) for single, many in zip(alone, together, strict=True))
 
 
 def test_coupled_accepts_while_equal() -> None:
     """An equal token after the first difference followed a false prefix and must not count."""
     drafts = torch.tensor([[1, 2, 3], [1, 9, 3], [9, 2, 3], [1, 2, 9]])
     target = torch.tensor([[1, 2, 3, 4]]).expand(4, 4)
-    verdict = verify_coupled(drafts, target)
-    assert verdict.num_accepted.tolist() == [3, 1, 0, 2]
-    assert torch.equal(verdict.tokens, target)
+    num_accepted, tokens = verify_coupled(drafts, target)
+    assert num_accepted.tolist() == [3, 1, 0, 2]
+    assert torch.equal(tokens, target)
 
 
 def test_no_host_sync() -> None:
     """On meta tensors any read of a value raises; on CUDA it would stall every round and break graph capture."""
     q, u = torch.empty(2, 3, VOCAB, device="meta"), torch.empty(2, 4, device="meta", dtype=torch.float64)
     p, tokens = torch.empty(2, 4, VOCAB, device="meta"), torch.empty(2, 4, device="meta", dtype=torch.int64)
-    assert verify_rejection(tokens[:, :3], q, p, u[:, :3], u).tokens.shape == (2, 4)
-    assert verify_coupled(tokens[:, :3], tokens).num_accepted.shape == (2,)
+    assert verify_rejection(tokens[:, :3], q, p, u[:, :3], lambda probs, at: probs.argmax(-1))[1].shape == (2, 4)
+    assert verify_coupled(tokens[:, :3], tokens)[0].shape == (2,)
     with pytest.raises(RuntimeError):
         q.sum().item()
 
@@ -227,8 +234,12 @@ PAIRS = {
 }
 
 
-def numbers(positions: Tensor, purpose: Purpose, seed: int = 0) -> Tensor:
-    return uniform(SEED + seed, torch.arange(ROWS)[:, None], positions, purpose)
+def keys(positions: Tensor, purpose: Purpose, seed: int = 0) -> Tensor:
+    return random_key(SEED + seed, torch.arange(ROWS)[:, None], positions, purpose)
+
+
+def drawn(probs: Tensor, its_keys: Tensor) -> Tensor:
+    return (probs.log() + gumbel(its_keys, VOCAB)).argmax(-1)
 
 
 def test_every_token_of_a_round_has_the_target_law() -> None:
@@ -236,19 +247,19 @@ def test_every_token_of_a_round_has_the_target_law() -> None:
     p_values = {}
     for index, (name, (target, draft)) in enumerate(PAIRS.items()):
         at = torch.arange(2)
-        drafts = sample_inverse_cdf(draft.expand(ROWS, 1, -1), numbers(at[:1], Purpose.DRAFT, index))
-        verdict = verify_rejection(
+        drafts = drawn(draft.expand(ROWS, 1, -1), keys(at[:1], Purpose.DRAFT, index))
+        num_accepted, tokens = verify_rejection(
             drafts,
             draft.expand(ROWS, 1, -1),
             target.expand(ROWS, 2, -1),
-            numbers(at[:1], Purpose.ACCEPT, index),
-            numbers(at, Purpose.RECOVER, index),
+            uniform(keys(at[:1], Purpose.ACCEPT, index)),
+            drawing_with(gumbel(keys(at, Purpose.RECOVER, index), VOCAB)),
         )
-        bonus = verdict.tokens[verdict.num_accepted == 1, 1:]
-        p_values[name] = chi_square(joint_counts(verdict.tokens[:, :1].numpy(), VOCAB), target.numpy())
+        bonus = tokens[num_accepted == 1, 1:]
+        p_values[name] = chi_square(joint_counts(tokens[:, :1].numpy(), VOCAB), target.numpy())
         if len(bonus):
             p_values[f"{name}, bonus"] = chi_square(joint_counts(bonus.numpy(), VOCAB), target.numpy())
-        accepted, expected = int((verdict.num_accepted == 1).sum()), float(torch.minimum(target, draft).sum())
+        accepted, expected = int((num_accepted == 1).sum()), float(torch.minimum(target, draft).sum())
         rate = np.array([expected, max(1 - expected, 0)])
         p_values[f"{name}, acceptance"] = chi_square(np.array([accepted, ROWS - accepted]), rate / rate.sum())
     assert not rejected(p_values)
@@ -263,16 +274,24 @@ DRAFTS = 0.5 * TARGETS + 0.5 * softmax(LENGTH + GAMMA, VOCAB, VOCAB, VOCAB, seed
 JOINT = joint_law([t.double().numpy() for t in (TARGETS[0, 0, 0], TARGETS[1, 0], TARGETS[2])])
 JOINT = JOINT / JOINT.sum()
 
-Numbers = Callable[[Tensor, Purpose], Tensor]
-Verify = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], rejection.Verdict]
+
+class Randomness:
+    """The numbers of a rollout; tests replace some of them."""
+
+    def noise(self, positions: Tensor, purpose: Purpose) -> Tensor:
+        return gumbel(keys(positions, purpose), VOCAB)
+
+    def accept_uniforms(self, positions: Tensor, drafts: Tensor) -> Tensor:
+        return uniform(keys(positions, Purpose.ACCEPT))
 
 
-def simulate(verify: Verify = verify_rejection, draw: Numbers = numbers) -> np.ndarray:  # (ROWS, LENGTH)
+def simulate(verify: Callable = verify_rejection, random: Randomness | None = None) -> np.ndarray:  # (ROWS, LENGTH)
     """Ragged rounds of GAMMA drafts, with numbers keyed by position as in rollouts.
 
     Two zeros precede each row's tokens, so that its first laws have a prefix to look up. Every round yields a token or
     more, so LENGTH rounds do.
     """
+    random = random or Randomness()
     tokens = torch.zeros(ROWS, 2 + LENGTH * (GAMMA + 1), dtype=torch.int64)
     lengths = torch.zeros(ROWS, 1, dtype=torch.int64)
 
@@ -285,16 +304,18 @@ def simulate(verify: Verify = verify_rejection, draw: Numbers = numbers) -> np.n
         for k in range(GAMMA):
             here = at[:, k : k + 1]
             draft_probs.append(law(DRAFTS, here))
-            tokens.scatter_(1, here + 2, sample_inverse_cdf(draft_probs[-1], draw(here, Purpose.DRAFT)))
-        verdict = verify(
-            tokens.gather(1, at[:, :GAMMA] + 2),
-            torch.cat(draft_probs, 1),
-            law(TARGETS, at),
-            draw(at[:, :GAMMA], Purpose.ACCEPT),
-            draw(at, Purpose.RECOVER),
-        )
-        tokens.scatter_(1, at + 2, verdict.tokens)
-        lengths += verdict.num_accepted.unsqueeze(1) + 1
+            noisy = draft_probs[-1].log() + random.noise(here, Purpose.DRAFT)
+            tokens.scatter_(1, here + 2, noisy.argmax(-1))
+        drafts = tokens.gather(1, at[:, :GAMMA] + 2)
+
+        def draw(probs: Tensor, num_accepted: Tensor, at: Tensor = at) -> Tensor:
+            here = at.gather(1, num_accepted[:, None])
+            return (probs.log() + random.noise(here, Purpose.RECOVER)[:, 0]).argmax(-1)
+
+        u = random.accept_uniforms(at[:, :GAMMA], drafts)
+        num_accepted, yielded = verify(drafts, torch.cat(draft_probs, 1), law(TARGETS, at), u, draw)
+        tokens.scatter_(1, at + 2, yielded)
+        lengths += num_accepted.unsqueeze(1) + 1
     return tokens[:, 2 : 2 + LENGTH].numpy()
 
 
@@ -311,8 +332,8 @@ def test_joint_law_of_three_tokens_is_the_targets() -> None:
     ("old", "new"),
     [
         pytest.param("uniforms * q < p", "uniforms * p < q", id="ratio inverted"),
-        pytest.param("law = residual(target_probs[row, num_accepted], draft_law)",
-                     "law = target_probs[row, num_accepted]", id="recovered from the target"),
+        pytest.param("draw(residual(target_probs[row, num_accepted], rejected_probs),",
+                     "draw(target_probs[row, num_accepted],", id="recovered from the target"),
         pytest.param("residual(target_probs[row, num_accepted],", "residual(target_probs[row, 0],",
                      id="residual of the first position"),
         pytest.param("num_accepted == gamma", "num_accepted > gamma", id="bonus from the residual"),
@@ -323,16 +344,45 @@ def test_control_broken_rules_miss_the_law(old: str, new: str) -> None:
     assert p_value(simulate(mutant(rejection, (old, new)).verify_rejection)) < FALSE_ALARM
 
 
-@pytest.mark.parametrize(("shared", "used_again"), [("ACCEPT", "RECOVER"), ("DRAFT", "RECOVER"), ("DRAFT", "ACCEPT")])
-def test_control_numbers_used_twice_miss_the_law(shared: str, used_again: str) -> None:
-    """Given a rejection, neither the draft's nor the test's number is uniform any more."""
-
-    def draw(positions: Tensor, purpose: Purpose) -> Tensor:
-        return numbers(positions, Purpose[shared] if purpose == Purpose[used_again] else purpose)
-
-    assert p_value(simulate(draw=draw)) < FALSE_ALARM
+class RecoveringWithTheDraftsNoise(Randomness):
+    def noise(self, positions: Tensor, purpose: Purpose) -> Tensor:
+        return super().noise(positions, Purpose.DRAFT)
 
 
-def test_control_numbers_without_position_miss_the_law() -> None:
-    """The same numbers at every position: each token has nearly its law, the tokens are not independent."""
-    assert p_value(simulate(draw=lambda positions, purpose: numbers(positions * 0, purpose))) < FALSE_ALARM
+class AcceptingByTheDraftsNoise(Randomness):
+    """Each drafted token's noise as a uniform number. That it was the winner's makes it a large one."""
+
+    def accept_uniforms(self, positions: Tensor, drafts: Tensor) -> Tensor:
+        noise = self.noise(positions, Purpose.DRAFT).gather(2, drafts.unsqueeze(-1)).squeeze(-1)
+        return torch.exp(-torch.exp(-noise.double()))
+
+
+class AcceptingByTheRecoveredTokensNoise(Randomness):
+    """The noise of one token that may be recovered. A rejection makes it a large one."""
+
+    def accept_uniforms(self, positions: Tensor, drafts: Tensor) -> Tensor:
+        return torch.exp(-torch.exp(-self.noise(positions, Purpose.RECOVER)[..., 0].double()))
+
+
+class NumbersWithoutPosition(Randomness):
+    """Each token has nearly its law, the tokens are not independent."""
+
+    def noise(self, positions: Tensor, purpose: Purpose) -> Tensor:
+        return super().noise(positions * 0, purpose)
+
+    def accept_uniforms(self, positions: Tensor, drafts: Tensor) -> Tensor:
+        return super().accept_uniforms(positions * 0, drafts)
+
+
+@pytest.mark.parametrize(
+    "random",
+    [
+        RecoveringWithTheDraftsNoise,
+        AcceptingByTheDraftsNoise,
+        AcceptingByTheRecoveredTokensNoise,
+        NumbersWithoutPosition,
+    ],
+)
+def test_control_numbers_used_twice_miss_the_law(random: type[Randomness]) -> None:
+    """Given a rejection, neither the draft's nor the accept test's number has its distribution any more."""
+    assert p_value(simulate(random=random())) < FALSE_ALARM

@@ -1,6 +1,7 @@
 """Random numbers depend on their address alone, look independent over every axis of it, and drive exact draws."""
 
 import math
+from functools import partial
 from itertools import combinations
 from types import ModuleType
 
@@ -11,8 +12,8 @@ from laws import FALSE_ALARM, chi_square, joint_counts, mutant, rejected
 from scipy import stats
 from torch import Tensor
 
-from trl_selfspec.sampling import rng as sampling
-from trl_selfspec.sampling.rng import Purpose, gumbel, sample_inverse_cdf, uniform
+from trl_selfspec.sampling import rng
+from trl_selfspec.sampling.rng import Purpose, gumbel, random_key, uniform
 
 
 COUNT = 2**19
@@ -28,11 +29,15 @@ WEAK_HASHES = {
 }
 
 
+def numbers(module: ModuleType, *address: Tensor | Purpose) -> Tensor:
+    return module.uniform(module.random_key(*address))
+
+
 def axes(module: ModuleType) -> dict[str, np.ndarray]:
     """Numbers along each axis of the address, and along axes at once, as a rollout takes them: (COUNT,) float64."""
     count, few = torch.arange(COUNT), len(Purpose)
     row, position = count[: COUNT // 256, None], count[:256]
-    of = module.uniform
+    of = partial(numbers, module)
     walks = {
         "rows": of(SEED, count, ZERO, Purpose.DRAFT),
         "positions": of(SEED, ZERO, count, Purpose.DRAFT),
@@ -51,7 +56,7 @@ def neighbours(module: ModuleType) -> dict[str, tuple[Tensor, Tensor]]:
     row, position = torch.arange(COUNT // 256)[:, None], torch.arange(256)
 
     def of(rows: int = 0, positions: int = 0, purpose: Purpose = Purpose.ACCEPT, seed: int = 0) -> Tensor:
-        return module.uniform(SEED + seed, row + rows, position + positions, purpose)
+        return numbers(module, SEED + seed, row + rows, position + positions, purpose)
 
     pairs = {
         "next row": (of(), of(rows=1)),
@@ -59,7 +64,7 @@ def neighbours(module: ModuleType) -> dict[str, tuple[Tensor, Tensor]]:
         "next row, last position": (of(), of(rows=1, positions=-1)),
         "next seed": (of(), of(seed=1)),
         "next seed, last row": (of(), of(rows=-1, seed=1)),
-        "high bit of the seed": (of(), module.uniform(SEED ^ -(2**63), row, position, Purpose.ACCEPT)),
+        "high bit of the seed": (of(), numbers(module, SEED ^ -(2**63), row, position, Purpose.ACCEPT)),
     }
     for one, other in combinations(Purpose, 2):
         pairs[f"{one.name} and {other.name}"] = (of(purpose=one), of(purpose=other))
@@ -99,14 +104,14 @@ def hash_p_values(module: ModuleType) -> dict[str, float]:
 
 def test_numbers_are_uniform_and_independent_along_every_axis() -> None:
     """Prevents rows, positions, seeds or purposes that echo each other. False alarm: 1 in 10^4."""
-    p_values = hash_p_values(sampling)
-    assert len(p_values) > 80
+    p_values = hash_p_values(rng)
+    assert len(p_values) > 70
     assert not rejected(p_values)
 
 
 @pytest.mark.parametrize("weakness", ["no xor-shift", "purpose forgotten", "row plus position"])
 def test_control_weak_hashes_are_caught(weakness: str) -> None:
-    assert rejected(hash_p_values(mutant(sampling, *WEAK_HASHES[weakness])))
+    assert rejected(hash_p_values(mutant(rng, *WEAK_HASHES[weakness])))
 
 
 def avalanche_p_values(module: ModuleType) -> dict[str, float]:
@@ -119,7 +124,7 @@ def avalanche_p_values(module: ModuleType) -> dict[str, float]:
     seeds = torch.randint(-(2**62), 2**62, (4096,), generator=generator)
 
     def bits(seed: Tensor, row: Tensor, position: Tensor) -> Tensor:
-        return (module.uniform(seed, row, position, Purpose.TOKEN) * 2.0**53).long()
+        return (numbers(module, seed, row, position, Purpose.TOKEN) * 2.0**53).long()
 
     base, p_values = bits(seeds, rows, positions), {}
     flips = {"seed": range(64), "row": range(20), "position": range(20)}
@@ -135,12 +140,12 @@ def avalanche_p_values(module: ModuleType) -> dict[str, float]:
 
 def test_every_bit_of_the_address_reaches_every_bit_of_the_number() -> None:
     """Prevents a seed whose high half is ignored, or rows that agree in their low bits. False alarm: 1 in 10^4."""
-    assert not rejected(avalanche_p_values(sampling))
+    assert not rejected(avalanche_p_values(rng))
 
 
 @pytest.mark.parametrize("weakness", ["no xor-shift", "one multiply"])
 def test_control_weak_hashes_have_no_avalanche(weakness: str) -> None:
-    assert rejected(avalanche_p_values(mutant(sampling, *WEAK_HASHES[weakness])))
+    assert rejected(avalanche_p_values(mutant(rng, *WEAK_HASHES[weakness])))
 
 
 def test_uniform_is_the_published_hash() -> None:
@@ -153,10 +158,10 @@ def test_uniform_is_the_published_hash() -> None:
 
     golden = 0x9E3779B97F4A7C15
     assert finalise(golden) == 0xE220A8397B1DCDAF  # published: SplitMix64, seed 0, first output
-    for seed, row, position, purpose in [(0, 0, 0, 0), (-5, 3, 1000, 2), (2**63 - 1, 2**31, 2**40, 4)]:
+    for seed, row, position, purpose in [(0, 0, 0, 0), (-5, 3, 1000, 2), (2**63 - 1, 2**31, 2**40, 3)]:
         row_key = finalise((seed + (row + 1) * golden) % 2**64)
         expected = finalise((row_key + (8 * position + purpose + 1) * golden) % 2**64) >> 11
-        u = uniform(torch.tensor(seed), torch.tensor(row), torch.tensor(position), Purpose(purpose))
+        u = numbers(rng, torch.tensor(seed), torch.tensor(row), torch.tensor(position), Purpose(purpose))
         assert u.dtype == torch.float64
         assert u.item() == expected / 2**53
 
@@ -164,24 +169,28 @@ def test_uniform_is_the_published_hash() -> None:
 def test_numbers_do_not_depend_on_their_batch() -> None:
     """Prevents rollouts that change when rows are permuted, compacted, padded or drafted further ahead."""
     rows, positions = torch.tensor([5, 0, 11, 3, 8]), torch.tensor([0, 7, 2, 900, 1, 6, 4])
-    u = uniform(SEED, rows[:, None], positions, Purpose.DRAFT)
-    g = gumbel(SEED, rows[:, None], positions, 1003)
+    keys = random_key(SEED, rows[:, None], positions, Purpose.DRAFT)
+    u, g = uniform(keys), gumbel(keys, 1003)
     assert u.shape == (5, 7)
     assert g.shape == (5, 7, 1003)
     assert g.dtype == torch.float32
     for i, row in enumerate(rows):
         for j, position in enumerate(positions):
-            assert uniform(SEED, row, position, Purpose.DRAFT).equal(u[i, j])
-            assert gumbel(SEED, row, position, 1003).equal(g[i, j])
-    assert gumbel(SEED, rows.flip(0)[:, None], positions[3:6], 1003).equal(g.flip(0)[:, 3:6])
-    assert gumbel(SEED, rows[:, None], positions, 517).equal(g[..., :517])
+            alone = random_key(SEED, row, position, Purpose.DRAFT)
+            assert uniform(alone).equal(u[i, j])
+            assert gumbel(alone, 1003).equal(g[i, j])
+    assert gumbel(keys[:, 3:6].flip(0), 1003).equal(g.flip(0)[:, 3:6])
+    assert gumbel(keys, 517).equal(g[..., :517])
+    purposes = torch.tensor([Purpose.RECOVER, Purpose.DRAFT, Purpose.TOKEN, Purpose.RECOVER, Purpose.DRAFT])
+    assert random_key(SEED, rows, positions[:5], purposes)[[1, 4]].equal(keys[[1, 4], [1, 4]])
 
 
 def test_global_generator_is_untouched() -> None:
     """Prevents rollouts that shift the user's own random numbers."""
     before = torch.get_rng_state()
-    uniform(SEED, ZERO, ZERO, Purpose.TOKEN)
-    gumbel(SEED, ZERO, ZERO, 100)
+    key = random_key(SEED, ZERO, ZERO, Purpose.TOKEN)
+    uniform(key)
+    gumbel(key, 100)
     assert torch.get_rng_state().equal(before)
 
 
@@ -189,69 +198,77 @@ def test_no_host_sync() -> None:
     """On meta tensors any read of a value raises; on CUDA it would stall every round and break graph capture."""
     seed, rows = torch.empty((), dtype=torch.int64, device="meta"), torch.empty(4, 1, dtype=torch.int64, device="meta")
     positions = torch.empty(1, 3, dtype=torch.int64, device="meta")
-    u = uniform(seed, rows, positions, Purpose.TOKEN)
-    noise = gumbel(seed, rows, positions, 10)
-    assert sample_inverse_cdf(noise, u).shape == u.shape == (4, 3)
+    keys = random_key(seed, rows, positions, Purpose.TOKEN)
+    u = uniform(keys)
+    assert u.shape == gumbel(keys, 10).argmax(-1).shape == (4, 3)
     with pytest.raises(RuntimeError):
         u.sum().item()
 
 
 def gumbel_p_values(module: ModuleType) -> dict[str, float]:
-    """Moments, the whole law, and its upper tail by halves of probability, on 2^21 values."""
-    g = module.gumbel(SEED, torch.arange(32)[:, None], ZERO, 2**16).ravel().double().numpy()
+    """Moments, the whole distribution, and its upper tail by halves of probability, on 2^21 values."""
+    addresses = SEED, torch.arange(32)[:, None], ZERO
+    of = [module.random_key(*addresses, purpose) for purpose in (Purpose.TOKEN, Purpose.DRAFT)]
+    g, other = (module.gumbel(keys, 2**16).ravel().double().numpy() for keys in of)
     n, deviation = len(g), math.pi / math.sqrt(6)
     octave = np.minimum(np.floor(-np.log2(-np.expm1(-np.exp(-g)))).astype(int), 16)
     return {
         "mean": float(2 * stats.norm.sf(abs(g.mean() - np.euler_gamma) / deviation * math.sqrt(n))),
         "variance": float(2 * stats.norm.sf(abs(g.var() / deviation**2 - 1) / math.sqrt(4.4 / n))),  # kurtosis 5.4
-        "law": float(stats.kstest(g[::8], "gumbel_r").pvalue),
+        "distribution": float(stats.kstest(g[::8], "gumbel_r").pvalue),
         "tail": chi_square(np.bincount(octave, minlength=17), np.append(0.5 ** np.arange(1, 17), 0.5**16)),
         "next token": correlation_p_value(g[:-1], g[1:]),
+        "other purpose": correlation_p_value(g, other),
     }
 
 
-def test_gumbel_noise_has_its_law() -> None:
+def test_gumbel_noise_has_its_distribution() -> None:
     """False alarm: 1 in 10^4."""
-    assert not rejected(gumbel_p_values(sampling))
+    assert not rejected(gumbel_p_values(rng))
 
 
 def test_control_gumbel_noise_of_the_wrong_sign_is_caught() -> None:
-    wrong = mutant(sampling, ("v.neg_().log1p_().neg_().log_().neg_()", "v.neg_().log1p_().neg_().log_()"))
-    assert {"mean", "law", "tail"} <= rejected(gumbel_p_values(wrong)).keys()
+    wrong = mutant(rng, ("v.neg_().log1p_().neg_().log_().neg_()", "v.neg_().log1p_().neg_().log_()"))
+    assert {"mean", "distribution", "tail"} <= rejected(gumbel_p_values(wrong)).keys()
+
+
+def test_control_noise_shared_by_purposes_is_caught() -> None:
+    """A recovered token drawn with its draft's noise would not follow the residual distribution."""
+    shared = mutant(rng, *WEAK_HASHES["purpose forgotten"])
+    assert rejected(gumbel_p_values(shared)).keys() == {"other purpose"}
 
 
 def argmax_p_value(module: ModuleType, positions: Tensor) -> float:
-    """Two tokens drawn by argmax(log p + gumbel) at two positions, the second law dependent on the first token."""
+    """Two tokens drawn by argmax(log p + gumbel) at two positions, the second given the first."""
     laws = torch.softmax(1.5 * torch.randn(9, 8, generator=torch.Generator().manual_seed(2)), -1)
     laws[:, 3] = 0
     laws = laws / laws.sum(-1, keepdim=True)
-    noise = module.gumbel(SEED, torch.arange(COUNT)[:, None], positions, 8)
+    noise = module.gumbel(module.random_key(SEED, torch.arange(COUNT)[:, None], positions, Purpose.TOKEN), 8)
     first = (laws[8].log() + noise[:, 0]).argmax(-1)
     second = (laws[first].log() + noise[:, 1]).argmax(-1)
     joint = (laws[8, :, None] * laws[:8]).double().numpy()
     return chi_square(joint_counts(torch.stack([first, second], -1).numpy(), 8), joint / joint.sum())
 
 
-def test_gumbel_argmax_draws_from_the_joint_law() -> None:
+def test_gumbel_argmax_draws_from_the_joint_distribution() -> None:
     """False alarm: 1 in 10^4."""
-    assert argmax_p_value(sampling, torch.tensor([4, 5])) > FALSE_ALARM
+    assert argmax_p_value(rng, torch.tensor([4, 5])) > FALSE_ALARM
 
 
 def test_control_gumbel_noise_shared_by_positions_is_caught() -> None:
-    assert argmax_p_value(sampling, torch.tensor([4, 4])) < FALSE_ALARM
+    assert argmax_p_value(rng, torch.tensor([4, 4])) < FALSE_ALARM
 
 
 def extreme_noise(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """Gumbel noise where the hash comes out as 0, 1, 2^20, 2^62, 2^63 - 1, and with the sign bit set."""
     bits = torch.tensor([0, 1, 2**20, 2**62, 2**63 - 1, -1, -(2**63)])
-    monkeypatch.setattr(module, "_key", lambda *address: ZERO.clone())
-    monkeypatch.setattr(module, "_mix_", lambda z: z.copy_(bits))
-    return module.gumbel(SEED, ZERO, ZERO, len(bits))
+    monkeypatch.setattr(module, "_mix_", lambda z: bits.clone())
+    return module.gumbel(ZERO, len(bits))
 
 
 def test_gumbel_noise_is_finite_and_fine_in_its_upper_tail(monkeypatch: pytest.MonkeyPatch) -> None:
     """A token of probability 1e-12 beats the rest only with noise above 27; infinite noise would make NaN of -inf."""
-    g = extreme_noise(sampling, monkeypatch)
+    g = extreme_noise(rng, monkeypatch)
     assert g.isfinite().all()
     expected = [64 * math.log(2), 63 * math.log(2), 43 * math.log(2), -math.log(math.log(2))]
     torch.testing.assert_close(g[:4], torch.tensor(expected))
@@ -260,62 +277,9 @@ def test_gumbel_noise_is_finite_and_fine_in_its_upper_tail(monkeypatch: pytest.M
 
 
 def test_control_24_bit_noise_is_coarse(monkeypatch: pytest.MonkeyPatch) -> None:
-    coarse = mutant(sampling, ("bits.bitwise_and_(2**63 - 1)", "bits.bitwise_and_((2**24 - 1) << 39)"))
+    coarse = mutant(rng, ("bits.bitwise_and_(2**63 - 1)", "bits.bitwise_and_((2**24 - 1) << 39)"))
     g = extreme_noise(coarse, monkeypatch)
     assert g[0] == g[1] == g[2]
-
-
-def edge_draws(module: ModuleType) -> list[list[int]]:
-    """Draws at the least and the greatest u from masses with zeros at the ends, of several totals."""
-    masses = torch.tensor([[0, 0, 1, 0, 2, 0], [0, 0.3, 0, 0, 1e-30, 0], [0, 0, 0, 3e5, 0, 0], [1e-38, 0, 0, 0, 0, 0]])
-    return [module.sample_inverse_cdf(masses, torch.full((4,), u).double()).tolist() for u in (0.0, 1 - 2.0**-53)]
-
-
-def test_tokens_without_mass_are_never_drawn() -> None:
-    """Prevents a token outside top-k: at u = 0 the leading zeros, at u near 1 the trailing ones."""
-    assert edge_draws(sampling) == [[2, 1, 3, 0], [4, 1, 3, 0]]
-    masses = torch.rand(2000, 50, generator=torch.Generator().manual_seed(4)) ** 8
-    masses[masses < 0.1] = 0
-    masses[masses.sum(-1) == 0, 17] = 1e-6
-    u = torch.tensor([0.0, 2.0**-53, 0.5, 1 - 2.0**-53, 1.0], dtype=torch.float64)
-    tokens = sample_inverse_cdf(masses[:, None].expand(-1, 5, -1), u.expand(2000, 5))
-    assert (masses.gather(1, tokens) > 0).all()
-
-
-def test_control_a_search_from_the_left_draws_tokens_without_mass() -> None:
-    guard = "torch.where(has_mass, token, probs.argmax(-1))"
-    assert edge_draws(mutant(sampling, ("right=True", "right=False"), (guard, "token")))[0][0] == 0
-
-
-def inverse_cdf_p_values(module: ModuleType) -> dict[str, float]:
-    laws = torch.softmax(2 * torch.randn(4, 300, generator=torch.Generator().manual_seed(6)), -1)
-    laws[2, ::2], laws[3, 5:] = 0, 0
-    u = uniform(SEED, torch.arange(2**15), ZERO, Purpose.TOKEN)
-    p_values = {}
-    for i, law in enumerate(laws.double().numpy()):
-        for mass in (1.0, 1e-6):
-            tokens = module.sample_inverse_cdf((laws[i] * mass).expand(len(u), -1), u)
-            p_values[f"law {i}, mass {mass}"] = chi_square(np.bincount(tokens, minlength=300), law / law.sum())
-    return p_values
-
-
-def test_draws_follow_masses_of_any_total() -> None:
-    """False alarm: 1 in 10^4."""
-    assert not rejected(inverse_cdf_p_values(sampling))
-
-
-def test_control_draws_that_ignore_the_total_are_caught() -> None:
-    assert rejected(inverse_cdf_p_values(mutant(sampling, ("minimum(u * total", "minimum(u"))))
-
-
-def test_draws_take_any_layout_and_bad_rows_stay_in_range() -> None:
-    """Prevents torch's warning about strides in every round, and an index error from NaN or empty rows."""
-    masses = torch.rand(7, 5, 3, generator=torch.Generator().manual_seed(8)).permute(2, 1, 0)
-    u = torch.rand(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(9)).T
-    assert sample_inverse_cdf(masses, u).equal(sample_inverse_cdf(masses.contiguous(), u.contiguous()))
-    bad = torch.stack([torch.full((7,), torch.nan), torch.zeros(7), torch.tensor([0, 1, torch.nan, 0, 1, 0, 0])])
-    tokens = sample_inverse_cdf(bad, torch.tensor([0.0, 0.5, 0.9], dtype=torch.float64))
-    assert ((tokens >= 0) & (tokens < 7)).all()
 
 
 @pytest.mark.gpu
@@ -325,13 +289,13 @@ def test_cuda_draws_the_same_numbers_in_a_graph() -> None:
     seed, rows, positions = SEED.cuda(), torch.arange(6).cuda()[:, None], torch.arange(4).cuda()
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        gumbel(seed, rows, positions, 1000)
-        uniform(seed, rows, positions, Purpose.DRAFT)
+        gumbel(random_key(seed, rows, positions, Purpose.DRAFT), 1000)
     stream.synchronize()
     with torch.cuda.graph(graph):
-        u, g = uniform(seed, rows, positions, Purpose.DRAFT), gumbel(seed, rows, positions, 1000)
+        keys = random_key(seed, rows, positions, Purpose.DRAFT)
+        u, g = uniform(keys), gumbel(keys, 1000)
     seed.fill_(123)
     graph.replay()
-    expected = (torch.tensor(123), rows.cpu(), positions.cpu())
-    assert u.cpu().equal(uniform(*expected, Purpose.DRAFT))
-    torch.testing.assert_close(g.cpu(), gumbel(*expected, 1000))  # log1p and log differ by an ulp
+    expected = random_key(torch.tensor(123), rows.cpu(), positions.cpu(), Purpose.DRAFT)
+    assert keys.cpu().equal(expected) and u.cpu().equal(uniform(expected))
+    torch.testing.assert_close(g.cpu(), gumbel(expected, 1000))  # log1p and log differ by an ulp

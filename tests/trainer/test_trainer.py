@@ -112,7 +112,7 @@ def test_lora_trains_the_adapter_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("generation_kwargs", "reason"), [({"num_beams": 2}, "num_beams=2"), ({"guidance_scale": 1.5}, "guidance_scale")]
+    ("generation_kwargs", "reason"), [({"num_beams": 2}, "num_beams=2"), ({"no_repeat_ngram_size": 2}, "ngram_size=2")]
 )
 def test_what_the_engine_cannot_honour_is_generated_by_trl_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, generation_kwargs: dict[str, Any], reason: str

@@ -7,7 +7,7 @@ pool.
 """
 
 import contextlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -56,9 +56,9 @@ class GraphPool:
 
     def __init__(self, capture: Capture | None = None, required: bool = False) -> None:
         self._capture, self._required = capture, required
-        self._graphs: dict[Hashable, dict[Program, tuple[Replay | None, Function]]] = {}  # by processor
-        self._processors: dict[Hashable, BatchedLogitsProcessor] = {}
-        self._processor: Hashable = None  # None: one that can't be captured
+        self._graphs: dict[str, dict[Program, tuple[Replay | None, Function]]] = {}  # by processor
+        self._processors: dict[str, BatchedLogitsProcessor] = {}
+        self._processor = ""
         self._most_rows = self._most_slots = 0
         self.steady_state = True
 
@@ -70,22 +70,11 @@ class GraphPool:
         Returns:
             The logits processor to run: an equal one whose programs have run before, if there is one. Some processors
             are prepared on the host in their first round, which a capture must not include.
-
-        Raises:
-            CaptureError: capture is required and the logits processor needs the host.
         """
         if self._capture is None:
             return logits_processor
-        if logits_processor.needs_host and self._required:
-            raise CaptureError(
-                "These sampling parameters need the host in every round, so rounds can't be captured; use "
-                '`cuda_graphs="auto"`, or leave out the n-gram, bias, forced-token and encoder parameters, `top_h` '
-                "and `eta_cutoff`."
-            )
         self._most_rows, self._most_slots = max_rows, row_capacity
-        self._processor = None if logits_processor.needs_host else logits_processor.signature
-        if self._processor is None:
-            return logits_processor
+        self._processor = logits_processor.signature
         self._graphs.setdefault(self._processor, {})
         if len(self._graphs) > MAX_PROCESSORS:
             self.clear()
@@ -97,7 +86,7 @@ class GraphPool:
 
     def run(self, program: Program, function: Function) -> Tensor:
         """Runs `function`, or replays it, for at least the program's rows and slots."""
-        if self._capture is None or self._processor is None:
+        if self._capture is None:
             return function(program)
         program = self.padded(program)
         graphs = self._graphs[self._processor]

@@ -38,8 +38,7 @@ class SelfSpecGenerate:
 
     Greedy output is that of plain `generate`; samples follow the same logits_processor. Left-padded batches,
     `num_return_sequences`, `return_dict_in_generate` (with `sequences` alone) and every sampling parameter that the
-    engine supports are honoured, everything else raises. Rows are processed without their padding, which plain
-    `generate` shows to `no_repeat_ngram_size`, `forced_bos_token_id` and the `encoder_` parameters. Dropout is off.
+    engine supports are honoured, everything else raises. Dropout is off.
     The engine follows changed weights by itself; where they are sharded, all processes have to call `generate`
     together. It keeps its model alive, and nothing but this object keeps the engine.
 

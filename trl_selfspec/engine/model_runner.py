@@ -18,8 +18,7 @@ from trl_selfspec.engine.cuda_graphs import CaptureError, GraphPool, Program
 from trl_selfspec.kv_cache.attention import bind_cache
 from trl_selfspec.kv_cache.paged_cache import PagedCache
 from trl_selfspec.sampling.logits_processing import BatchedLogitsProcessor
-from trl_selfspec.sampling.ops import Outcome, token_logprobs
-from trl_selfspec.sampling.samplers import Sampler
+from trl_selfspec.sampling.samplers import Sampler, VerifyResult, token_logprobs
 from trl_selfspec.utils import Clock
 
 
@@ -150,16 +149,16 @@ class ModelRunner:
         logits = self._forward(self.target, lengths[:, None] - 1, program.num_slots)
         scores = self._process(logits, lengths)
         tokens, logprobs = self.verification.draw(scores[:, 0], row_ids, lengths)
-        return self._commit(Outcome(torch.zeros_like(tokens), tokens[:, None], logprobs[:, None]), logits)
+        return self._commit(VerifyResult(torch.zeros_like(tokens), tokens[:, None], logprobs[:, None]), logits)
 
     def _draft(self, program: Program) -> Tensor:
         assert self.drafter is not None
         state, rows = self.state, slice(0, program.num_rows)
         at = state.lengths[rows] + state.num_drafted
         scores = self._process(self._forward(self.drafter, at[:, None] - 1, program.num_slots), at)[:, 0]
-        draft, broken = self.verification.propose(scores, state.row_ids[rows], at, state.num_drafted)
+        draft, logprobs = self.verification.propose(scores, state.row_ids[rows], at, state.num_drafted)
         state.tokens[rows].scatter_(1, at[:, None], draft[:, None])
-        state.draft_nan[rows] |= broken
+        state.draft_nan[rows] |= logprobs.isnan()
         state.num_drafted += 1
         return draft
 
@@ -188,9 +187,9 @@ class ModelRunner:
             logits, self.state.tokens[:num_rows], lengths, self.state.prompt_lengths[:num_rows]
         )
 
-    def _commit(self, outcome: Outcome, logits: Tensor) -> Tensor:
+    def _commit(self, result: VerifyResult, logits: Tensor) -> Tensor:
         """Writes a round's tokens, truncated at the first EOS and at the row's limit; returns the report."""
-        state, (num_accepted, tokens, logprobs) = self.state, outcome
+        state, (num_accepted, tokens, logprobs) = self.state, result
         num_rows, width = tokens.shape
         lengths, limits = state.lengths[:num_rows], state.limits[:num_rows]
         offsets = torch.arange(width, device=tokens.device)

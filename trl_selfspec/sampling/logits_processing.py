@@ -1,14 +1,14 @@
-"""The sampling law: from raw logits to the scores that a token is drawn from.
+"""Logits processing for several positions per row: from raw logits to the scores that a token is drawn from.
 
 `BatchedLogitsProcessor` applies what `generate` would apply for a generation config, to (B, T) positions at once, each
-with its own history, so that draft and target are processed identically. The processors are transformers' own
-objects in transformers' order; only those that would be needlessly slow position by position are vectorised here.
-What cannot be honoured exactly is refused by name; nothing is dropped. Drawing tokens and stopping belong elsewhere.
+with its own history, so that draft and target are processed identically. The processors are transformers' own objects
+in transformers' order; those that read a history or wait for the device are rewritten here. What cannot be honoured
+exactly, and without waiting for the device, is refused by name; nothing is dropped. Drawing tokens and stopping belong
+elsewhere.
 """
 
 import copy
-import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,10 @@ from transformers.generation import logits_process as hf
 # fmt: off
 HONOURED_FIELDS = frozenset({
     "do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
-    "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
-    "bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty",
-    "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "renormalize_logits", "eos_token_id",
-    "min_length", "min_new_tokens", "max_length", "max_new_tokens",
+    "repetition_penalty", "bad_words_ids", "sequence_bias", "suppress_tokens", "remove_invalid_values",
+    "renormalize_logits", "eos_token_id", "min_length", "min_new_tokens", "max_length", "max_new_tokens",
 })
+_LENGTHS = {"max_length", "max_new_tokens"}  # of no concern to logits
 # These ask for nothing about which tokens are drawn from a decoder-only model with one beam and no assistant.
 IRRELEVANT_FIELDS = frozenset({
     # How generate stores, compiles and returns things.
@@ -44,6 +43,14 @@ IRRELEVANT_FIELDS = frozenset({
 
 # Name -> the values that ask for nothing.
 REFUSED_FIELDS: dict[str, tuple[Any, ...]] = {
+    # Their processors read each row's history on the host.
+    "no_repeat_ngram_size": (None, 0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1),
+    "exponential_decay_length_penalty": (None,),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "begin_suppress_tokens": (None,),
     "num_beams": (None, 1),
     "num_return_sequences": (None, 1),
     "guidance_scale": (None, 1),
@@ -65,28 +72,16 @@ REFUSED_FIELDS: dict[str, tuple[Any, ...]] = {
 
 _POSITION_FREE = {
     hf.TemperatureLogitsWarper,
-    hf.TopHLogitsWarper,
     hf.TopKLogitsWarper,
     hf.TopPLogitsWarper,
     hf.MinPLogitsWarper,
     hf.TypicalLogitsWarper,
     hf.EpsilonLogitsWarper,
-    hf.EtaLogitsWarper,
     hf.SuppressTokensLogitsProcessor,
     hf.InfNanRemoveLogitsProcessor,
     hf.LogitNormalization,
 }
-_READS_PREFIX = {hf.NoRepeatNGramLogitsProcessor, hf.ForcedBOSTokenLogitsProcessor}
-_READS_PREFIX_IF_LONG = {hf.SequenceBiasLogitsProcessor, hf.NoBadWordsLogitsProcessor}
-_READS_PREFIX_AND_PROMPT = {
-    hf.EncoderRepetitionPenaltyLogitsProcessor,
-    hf.EncoderNoRepeatNGramLogitsProcessor,
-    hf.ForcedEOSTokenLogitsProcessor,
-    hf.ExponentialDecayLengthPenalty,
-    hf.SuppressTokensAtBeginLogitsProcessor,
-}
-
-_SYNCS = {hf.TopHLogitsWarper, hf.EtaLogitsWarper}
+_BIASES = {hf.SequenceBiasLogitsProcessor, hf.NoBadWordsLogitsProcessor}  # free of position if of single tokens
 
 Processor = Callable[[Any, Tensor], Tensor]
 
@@ -110,6 +105,7 @@ def unsupported_parameters(generation_config: GenerationConfig) -> list[str]:
     """Names the parameters set in `generation_config` that the engine cannot honour.
 
     A field that this module does not know (a newer transformers) counts as unsupported once it leaves its default.
+    So do `bad_words_ids` and `sequence_bias` with sequences of several tokens, whose effect depends on the history.
     Attributes that transformers does not declare are not looked at: `generate` does not read them either.
     """
     defaults = GenerationConfig._get_default_generation_params()
@@ -119,7 +115,18 @@ def unsupported_parameters(generation_config: GenerationConfig) -> list[str]:
             continue
         if getattr(generation_config, name, None) not in REFUSED_FIELDS.get(name, (None, defaults.get(name))):
             names.append(name)
+    for name in ("bad_words_ids", "sequence_bias"):
+        if any(len(tokens) > 1 for tokens in _sequences(getattr(generation_config, name, None))):
+            names.append(name)
     return names
+
+
+def _sequences(biases: Any) -> list[Any]:
+    """The token sequences of `bad_words_ids` (lists) or `sequence_bias` (a dict, or pairs of a list and a bias)."""
+    if isinstance(biases, list):
+        given = [pair for pair in biases if isinstance(pair, list | tuple) and pair]
+        return [pair[0] if isinstance(pair[0], list | tuple) else pair for pair in given]
+    return list(biases or ())
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,7 @@ class _Prefixes:
     prompt_lengths: Tensor  # (B,)
 
     def seen(self, num_positions: int, vocab_size: int) -> Tensor:
-        """Returns which words each position's history holds, (B, T, V) bool; unknown ids go to a spare column."""
+        """Returns which tokens each position's history holds, (B, T, V) bool; unknown ids go to a spare column."""
         tokens, lengths = self.tokens.clamp(max=vocab_size), self.lengths[:, None]
         slots = torch.arange(tokens.shape[1], device=tokens.device)
         seen = torch.zeros(tokens.shape[0], vocab_size + 1, dtype=torch.bool, device=tokens.device)
@@ -176,109 +183,85 @@ class _NoEosBefore:
 
 
 @dataclass(frozen=True)
-class _RowByRow:
-    """Calls transformers' processor once per position: slow (host syncs), exact."""
+class _EtaCutoff:
+    """As transformers' own, whose entropy waits for the device to validate its arguments."""
 
-    processor_for: Callable[[Tensor], Processor]  # of a prompt, (P,)
+    epsilon: Tensor  # ()
 
     def __call__(self, scores: Tensor, prefixes: _Prefixes) -> Tensor:
-        processed = scores.clone()
-        lengths, prompt_lengths = prefixes.lengths.tolist(), prefixes.prompt_lengths.tolist()
-        for b, row in enumerate(prefixes.tokens):
-            processor = self.processor_for(row[: prompt_lengths[b]])
-            for k in range(scores.shape[1]):
-                processed[b, k] = processor(row[None, : lengths[b] + k], scores[b, k, None])[0]
-        return processed
+        probs = scores.softmax(-1)
+        eta = torch.min(self.epsilon, self.epsilon.sqrt() * torch.exp(-_entropy(scores)))[..., None]
+        return scores.masked_fill((probs < eta) & (scores < scores.amax(-1, keepdim=True)), -torch.inf)
 
 
-class _Factory:
-    """Builds transformers' processor list as `generate` would for a batch that holds this one prompt."""
+@dataclass(frozen=True)
+class _TopH:
+    """As transformers' own, whose entropy waits for the device to validate its arguments."""
 
-    def __init__(self, model: PreTrainedModel, generation_config: GenerationConfig, device: torch.device):
-        self.model: Any = model
-        self.device = device
-        self.config = copy.copy(generation_config)
-        # The only call of this private method: processors read the EOS tensor that it leaves on the config.
-        self.model._prepare_special_tokens(self.config, device=device)
-        self._cache: dict[tuple[int, tuple[int, ...]], Processor] = {}
+    top_h: float
+    top_n: int
 
-    def build(self, prompt: tuple[int, ...]) -> hf.LogitsProcessorList:
-        config = copy.copy(self.config)
-        if config.max_new_tokens is not None:
-            config.max_length = len(prompt) + config.max_new_tokens
-        if config.min_new_tokens is not None:
-            config.min_length = len(prompt) + config.min_new_tokens
-        # The only call of this private method: which processors apply, and in which order, is transformers' to say.
-        return self.model._get_logits_processor(
-            config,
-            input_ids_seq_length=len(prompt),
-            encoder_input_ids=torch.tensor([prompt], device=self.device),
-            device=str(self.device),
-        )
-
-    def cached(self, index: int, prompt: Tensor) -> Processor:
-        key = index, tuple(prompt.tolist())
-        if key not in self._cache:
-            self._cache[key] = self.build(key[1])[index]
-        return self._cache[key]
-
-    def steps(self) -> list[Step]:
-        steps = (self._step(index, processor) for index, processor in enumerate(self.build((0,))))
-        return [step for step in steps if step is not None]
-
-    def _step(self, index: int, processor: Any) -> Step | None:
-        kind = type(processor)
-        if kind in _POSITION_FREE:
-            return _Flat(processor)
-        if kind is hf.RepetitionPenaltyLogitsProcessor:
-            return _RepetitionPenalty(processor.penalty)
-        if kind is hf.MinLengthLogitsProcessor:
-            # `min_new_tokens` overrides `min_length`, and has a processor of its own.
-            overridden = self.config.min_new_tokens is not None
-            return None if overridden else _NoEosBefore(processor.min_length, True, processor.eos_token_id)
-        if kind is hf.MinNewTokensLengthLogitsProcessor:
-            return _NoEosBefore(processor.min_new_tokens, False, processor.eos_token_id)
-        if kind in _READS_PREFIX_IF_LONG and all(len(words) == 1 for words in processor.sequence_bias):
-            return _Flat(processor)
-        if kind in _READS_PREFIX | _READS_PREFIX_IF_LONG:
-            return _RowByRow(lambda prompt: processor)
-        if kind in _READS_PREFIX_AND_PROMPT:
-            return _RowByRow(lambda prompt: self.cached(index, prompt))
-        raise ValueError(
-            f"{type(self.model).__name__} adds the logits processor {kind.__name__}, which the engine cannot apply to "
-            "several positions at once. Remove what asks for it, or use the model's own generate."
-        )
+    def __call__(self, scores: Tensor, prefixes: _Prefixes) -> Tensor:
+        top_scores, top_tokens = scores.topk(min(self.top_n, scores.shape[-1]), dim=-1)
+        probs = (top_scores - top_scores.logsumexp(-1, keepdim=True)).softmax(-1)
+        kept = (-probs * probs.log()).cumsum(-1) <= self.top_h * _entropy(top_scores)[..., None]
+        kept[..., 0] = True
+        mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, top_tokens, kept)
+        return scores.masked_fill(~mask, -torch.inf)
 
 
-def _value(thing: Any) -> Hashable:
-    """What a processor consists of, to be compared."""
-    if isinstance(thing, Tensor):
-        return tuple(thing.shape), tuple(thing.flatten().tolist())
-    if isinstance(thing, dict):
-        return tuple((key, _value(value)) for key, value in thing.items())
-    if isinstance(thing, list | tuple):
-        return tuple(map(_value, thing))
-    if hasattr(thing, "__dict__"):
-        return type(thing), _value(vars(thing))
-    return thing
+def _entropy(scores: Tensor) -> Tensor:
+    """In the order of `torch.distributions.Categorical`."""
+    logprobs = scores - scores.logsumexp(-1, keepdim=True)
+    return -(logprobs.clamp(min=torch.finfo(scores.dtype).min) * logprobs.softmax(-1)).sum(-1)
+
+
+def _steps(model: Any, config: GenerationConfig, device: torch.device) -> list[Step]:
+    """What `generate` would apply. Which processors, and in which order, is transformers' to say."""
+    # The only call of this private method. What depends on a prompt's length is rewritten here to read each row's own.
+    processors = model._get_logits_processor(config, input_ids_seq_length=1, device=str(device))
+    return [_step(model, processor) for processor in processors]
+
+
+def _step(model: Any, processor: Any) -> Step:
+    kind = type(processor)
+    if kind in _POSITION_FREE or kind in _BIASES:
+        return _Flat(processor)
+    if kind is hf.EtaLogitsWarper:
+        return _EtaCutoff(processor.epsilon)
+    if kind is hf.TopHLogitsWarper:
+        return _TopH(processor.top_h, processor.top_n)
+    if kind is hf.RepetitionPenaltyLogitsProcessor:
+        return _RepetitionPenalty(processor.penalty)
+    if kind is hf.MinLengthLogitsProcessor:
+        return _NoEosBefore(processor.min_length, True, processor.eos_token_id)
+    if kind is hf.MinNewTokensLengthLogitsProcessor:
+        return _NoEosBefore(processor.min_new_tokens, False, processor.eos_token_id)
+    raise ValueError(
+        f"{type(model).__name__} adds the logits processor {kind.__name__}, which the engine cannot apply to "
+        "several positions at once. Remove what asks for it, or use the model's own generate."
+    )
 
 
 class BatchedLogitsProcessor:
     """What `generate` does to logits before a token is drawn, for many positions at once.
 
     Rows carry no padding here, so each is processed as `generate` would process it alone. In a padded batch `generate`
-    also counts a row's left padding for `min_length`, `max_length` and `forced_bos_token_id`, and reads it for
-    `no_repeat_ngram_size` and the two `encoder_` parameters.
+    also counts a row's left padding for `min_length` and `max_length`.
 
     Attributes:
         greedy: Take the argmax of the processed scores; transformers then skips temperature, top-k, top-p and so on.
-        temperature: The config's; a greedy law does not apply it.
+        temperature: The config's; it is not applied where `greedy`.
         eos_token_ids: Empty if generation ends by length alone.
         is_full_softmax: The processed log-probabilities are `log_softmax(logits / temperature)`.
+        signature: Equal for processors that do the same to logits.
     """
 
-    def __init__(self, steps: list[Step], greedy: bool, temperature: float, eos_token_ids: tuple[int, ...]):
+    def __init__(
+        self, steps: list[Step], greedy: bool, temperature: float, eos_token_ids: tuple[int, ...], signature: str
+    ) -> None:
         self._steps = steps
+        self.signature = signature
         self.greedy = greedy
         self.temperature = temperature
         self.eos_token_ids = eos_token_ids
@@ -291,7 +274,7 @@ class BatchedLogitsProcessor:
     def from_generation_config(
         cls, model: PreTrainedModel, generation_config: GenerationConfig, device: torch.device | str
     ) -> "BatchedLogitsProcessor":
-        """Builds the law of an effective config (see `effective_generation_config`), which is not changed.
+        """Builds the processor of an effective config (see `effective_generation_config`), which is not changed.
 
         Raises:
             ValueError: The config asks for something that the engine cannot honour exactly, or that is invalid.
@@ -302,29 +285,21 @@ class BatchedLogitsProcessor:
                 f"The engine cannot honour {given}. Unset it in the generation config (or in the model's own, which "
                 "fills unset fields), or use the model's own generate."
             )
-        if generation_config.exponential_decay_length_penalty is not None and generation_config.eos_token_id is None:
-            raise ValueError("exponential_decay_length_penalty needs an eos_token_id, which is not set. Set it.")
-        factory = _Factory(model, generation_config, torch.device(device))
-        eos = factory.config._eos_token_tensor
+        config = copy.copy(generation_config)
+        # The only call of this private method: processors read the EOS tensor that it leaves on the config.
+        model._prepare_special_tokens(config, device=torch.device(device))  # pyright: ignore[reportCallIssue]
+        if config.min_new_tokens is not None:
+            config.min_length = 0  # which it overrides
+        eos = config._eos_token_tensor
+        eos_token_ids = () if eos is None else tuple(eos.tolist())
+        asked = {name: getattr(config, name) for name in sorted(HONOURED_FIELDS - _LENGTHS)}
         return cls(
-            factory.steps(),
-            greedy=not generation_config.do_sample,
-            temperature=1.0 if generation_config.temperature is None else float(generation_config.temperature),
-            eos_token_ids=() if eos is None else tuple(eos.tolist()),
+            _steps(model, config, torch.device(device)),
+            greedy=not config.do_sample,
+            temperature=1.0 if config.temperature is None else float(config.temperature),
+            eos_token_ids=eos_token_ids,
+            signature=repr([value.tolist() if isinstance(value, Tensor) else value for value in asked.values()]),
         )
-
-    @property
-    def needs_host(self) -> bool:
-        """Whether `process` waits for the device: see there."""
-        return any(
-            isinstance(step, _RowByRow) or (isinstance(step, _Flat) and type(step.processor) in _SYNCS)
-            for step in self._steps
-        )
-
-    @functools.cached_property
-    def signature(self) -> Hashable:
-        """Equal for laws that do the same to logits; for laws that don't need the host."""
-        return self.greedy, self.temperature, self.eos_token_ids, _value(self._steps)
 
     def process(
         self,
@@ -336,9 +311,8 @@ class BatchedLogitsProcessor:
         """Returns the processed scores, (B, T, V) fp32; treat them as read-only, for they may be `logits` itself.
 
         The history of position k of row b is `tokens[b, : lengths[b] + k]`, so provisional tokens must be in `tokens`;
-        what lies behind is not read. `logits` is not changed. Host syncs: none, except for `top_h`, `eta_cutoff` and
-        what is applied position by position: n-grams, biases of several words, forced tokens, suppression at the
-        begin, exponential decay and the `encoder_` parameters.
+        what lies behind is not read. `logits` is not changed. Host syncs: none, except for `bad_words_ids` and
+        `sequence_bias` at their first call.
         """
         scores, prefixes = logits.float(), _Prefixes(tokens, lengths, prompt_lengths)
         for step in self._steps:
