@@ -142,7 +142,7 @@ def test_a_gpu_draws_the_cpus_tokens_in_a_captured_graph(name: str) -> None:
     on_gpu = {"rejection": lambda: RejectionSampler(seed, 3), "coupled": lambda: CoupledSampler(seed)}
     sampler, reference = on_gpu.get(name, GreedySampler)(), SAMPLERS[name]()
     scores, rows, positions = 3 * torch.randn(8, 4, 1003), torch.arange(8), torch.arange(8)[:, None] + torch.arange(4)
-    arguments = [tensor.cuda() for tensor in (scores, rows, positions)]
+    on_device = scores.cuda(), rows.cuda(), positions.cuda()
     step = torch.zeros((), dtype=torch.int64, device="cuda")
 
     def rounds(sampler: Sampler, scores: Tensor, rows: Tensor, positions: Tensor, step: Tensor) -> list[Tensor]:
@@ -155,11 +155,11 @@ def test_a_gpu_draws_the_cpus_tokens_in_a_captured_graph(name: str) -> None:
         kept = torch.arange(4, device=rows.device) <= result.num_accepted[:, None]
         return [*drafts, result.num_accepted, result.tokens.masked_fill(~kept, 0)]
 
-    rounds(sampler, *arguments, step)
+    rounds(sampler, *on_device, step)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = rounds(sampler, *arguments, step)
+        captured = rounds(sampler, *on_device, step)
     graph.replay()
     expected = rounds(reference, scores, rows, positions, torch.zeros((), dtype=torch.int64))
     assert all(actual.cpu().equal(eager) for actual, eager in zip(captured, expected, strict=True))
