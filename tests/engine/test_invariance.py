@@ -208,9 +208,11 @@ def see_the_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def forget_row_ids(monkeypatch: pytest.MonkeyPatch) -> None:
-    admit = BatchState.admit
+    assign = BatchState.assign
     monkeypatch.setattr(
-        BatchState, "admit", lambda self, row, prompt, limit, row_id, done: admit(self, row, prompt, limit, row, done)
+        BatchState,
+        "assign",
+        lambda self, row, prompt, limit, row_id, done: assign(self, row, prompt, limit, row, done),
     )
 
 
