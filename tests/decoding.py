@@ -6,19 +6,22 @@ from transformers import PreTrainedModel
 
 from trl_selfspec.kv_cache.attention import bind_cache
 from trl_selfspec.kv_cache.paged_cache import PagedCache
-from trl_selfspec.policy.fused_layers import FastForward
+from trl_selfspec.policy.fused_layers import FusedForward
 
 
 LENGTHS, CAPACITY = (9, 3, 14, 6, 1), 40
 
 
-def fast_forwards(tree: nn.Module) -> list[FastForward]:
-    return [module.forward for module in tree.modules() if isinstance(getattr(module, "forward", None), FastForward)]
+def fused_forwards(tree: nn.Module) -> list[FusedForward]:
+    """Those of layers that decoded fused."""
+    forwards = [getattr(module, "forward", None) for module in tree.modules()]
+    fused = [forward for forward in forwards if isinstance(forward, FusedForward)]
+    return [forward for forward in fused if forward.trials.passed and not forward.trials.refused]
 
 
-def without_fast_forwards(tree: PreTrainedModel) -> PreTrainedModel:
+def unfused(tree: PreTrainedModel) -> PreTrainedModel:
     for module in tree.modules():
-        if isinstance(getattr(module, "forward", None), FastForward):
+        if isinstance(getattr(module, "forward", None), FusedForward):
             del module.forward
     return tree
 

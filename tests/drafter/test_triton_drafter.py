@@ -3,7 +3,7 @@
 import pytest
 import torch
 from adapted import adapted, stir
-from decoding import decoded, relative_error, without_fast_forwards
+from decoding import decoded, relative_error, unfused
 from tiny_models import ragged_prompts, scale_weights, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -86,7 +86,7 @@ def test_a_joined_drafter_gives_what_its_modules_give() -> None:
         replica.refresh()
         requantize(tree, replica)
         actual = decoded(tree, 1, 2, PAGE)
-        apart = without_fast_forwards(drafter(replica, joined=False))  # type: ignore[arg-type]
+        apart = unfused(drafter(replica, joined=False))  # type: ignore[arg-type]
         assert relative_error(actual, decoded(apart, 1, 2, PAGE)) <= TOLERANCE
     biases = [whole.bias for whole in wholes(tree) if whole.bias is not None]
     assert len(biases) == 2

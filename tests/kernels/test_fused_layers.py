@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from decoding import CAPACITY, LENGTHS, decoded, fast_forwards, relative_error, without_fast_forwards
+from decoding import CAPACITY, LENGTHS, decoded, fused_forwards, relative_error, unfused
 from tiny_models import tiny_model
 from torch import Tensor, nn
 
@@ -32,11 +32,11 @@ pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C compiler o
 def test_a_layer_in_one_call_gives_what_its_modules_give(family: str, dtype: torch.dtype, num_steps: int) -> None:
     """Catches a wrong rotation, rounding, window or residual, and ragged rows that see each other."""
     replica = PolicyReplica(tiny_model(family, dtype=dtype))
-    assert len(fast_forwards(replica.model)) == 2
     actual = decoded(replica.model, num_steps)
-    expected = decoded(without_fast_forwards(replica.tree()), num_steps)
+    assert len(fused_forwards(replica.model)) == 2
+    expected = decoded(unfused(replica.tree()), num_steps)
     assert relative_error(actual, expected) <= TOLERANCE[dtype]
-    other = decoded(without_fast_forwards(PolicyReplica(tiny_model(family, seed=1, dtype=dtype)).model), num_steps)
+    other = decoded(unfused(PolicyReplica(tiny_model(family, seed=1, dtype=dtype)).model), num_steps)
     assert relative_error(actual, other) > 0.5  # negative control: other weights
 
 
@@ -47,9 +47,9 @@ def test_a_drafters_layer_in_one_call_gives_what_its_modules_give(dtype: torch.d
     replica = PolicyReplica(tiny_model("qwen2", dtype=dtype))
     drafter = make_drafter(replica, "qint4")
     requantize(drafter, replica)
-    assert len(fast_forwards(drafter)) == 2
     actual = decoded(drafter, 2)
-    assert relative_error(actual, decoded(without_fast_forwards(drafter), 2)) <= TOLERANCE[dtype]
+    assert len(fused_forwards(drafter)) == 2
+    assert relative_error(actual, decoded(unfused(drafter), 2)) <= TOLERANCE[dtype]
     assert relative_error(actual, decoded(replica.model, 2)) > TOLERANCE[dtype]  # negative control: not quantized
 
 
@@ -93,7 +93,9 @@ def test_a_row_does_not_see_its_neighbours(dtype: torch.dtype) -> None:
 )
 def test_other_layers_keep_their_modules(family: str, overrides: dict) -> None:
     """Same parts do not make the same function: only a trial shows a multiplier or another activation."""
-    assert not fast_forwards(PolicyReplica(tiny_model(family, **overrides)).model)
+    tree = PolicyReplica(tiny_model(family, **overrides)).model
+    decoded(tree, 2)
+    assert not fused_forwards(tree)
 
 
 def test_parts_that_start_out_neutral_are_noticed() -> None:
@@ -105,21 +107,21 @@ def test_parts_that_start_out_neutral_are_noticed() -> None:
             self.__dict__.update(copy.copy(layer).__dict__)
             self._parameters = {"gate": nn.Parameter(torch.zeros(1))}
 
-    layer = without_fast_forwards(PolicyReplica(tiny_model("llama")).model).model.layers[0]
-    assert layers.computing_the_same({"layer": layer}, FP32) == ["layer"]
-    assert layers.computing_the_same({"layer": Gated(layer)}, FP32) == []
+    layer = unfused(PolicyReplica(tiny_model("llama")).model).model.layers[0]
+    assert layers._cpu_layer(layer) is not None
+    assert layers._cpu_layer(Gated(layer)) is None
 
 
-def test_the_trial_leaves_weights_and_cache_as_they_were() -> None:
+def test_the_trial_leaves_weights_as_they_were() -> None:
     """It runs with random weights in the place of the replica's, which are the policy's own."""
     policy = tiny_model("llama")
     before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
     replica = PolicyReplica(policy)
-    assert fast_forwards(replica.model)
+    decoded(replica.model, 2)
+    assert fused_forwards(replica.model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
     source = policy.model.layers[0].self_attn.q_proj.weight
     assert replica.model.model.layers[0].self_attn.q_proj.weight.data_ptr() == source.data_ptr()
-    assert getattr(replica.model.model.layers[0].self_attn, "paged_cache", None) is None
 
 
 def test_a_layer_follows_weights_that_move() -> None:
@@ -132,7 +134,7 @@ def test_a_layer_follows_weights_that_move() -> None:
             parameter.data = parameter * 1.5
     replica.refresh()
     after = decoded(replica.model, 2)
-    assert relative_error(after, decoded(without_fast_forwards(replica.tree()), 2)) <= TOLERANCE[FP32]
+    assert relative_error(after, decoded(unfused(replica.tree()), 2)) <= TOLERANCE[FP32]
     assert relative_error(after, before) > 0.1  # negative control
 
 
@@ -144,11 +146,12 @@ def test_many_tokens_and_prefills_run_the_modules(
     """The call would be right for them too, but slower than large matrix products; few take it on every CPU."""
     monkeypatch.setattr(machine, "instruction_set", lambda: instructions)
     model = PolicyReplica(tiny_model("llama", dtype=dtype)).model
-    fast = fast_forwards(model)[0]
+    most = min(MAX_TOKENS, machine.MAX_ROWS[instructions, dtype]) // len(LENGTHS)
+    decoded(model, most)  # tries the layers out
+    fast = fused_forwards(model)[0]
     calls: list[int] = []
     own = fast.modules_own
     fast.modules_own = lambda *args, **kwargs: calls.append(args[0].shape[1]) or own(*args, **kwargs)
-    most = min(MAX_TOKENS, machine.MAX_ROWS[instructions, dtype]) // len(LENGTHS)
     decoded(model, most)
     assert most > 1 and calls == [max(LENGTHS)]
     decoded(model, most + 1)

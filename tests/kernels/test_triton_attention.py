@@ -9,9 +9,9 @@ from pairwise import pairwise
 from torch import Tensor
 from triton_cases import BF16, DEVICE, FP16, FP32
 
-from trl_selfspec import kernels
 from trl_selfspec.kernels import triton_support as gpu
-from trl_selfspec.kv_cache.attention import _eager_attention, selfspec_attention
+from trl_selfspec.kv_cache import attention
+from trl_selfspec.kv_cache.attention import _eager_attention, can_attend_on_gpu, selfspec_attention
 from trl_selfspec.kv_cache.paged_cache import PagedCache
 
 
@@ -243,15 +243,15 @@ def test_the_attention_function_gives_the_same_either_way(
     def forward(on_gpu: bool) -> tuple[Tensor, Tensor, Tensor]:
         cache = copy.deepcopy(case.cache)
         cache.pages_of[0]._put(cache.pages_of[0].keys, cache.pages_of[0].values)
-        monkeypatch.setattr(kernels, "can_attend_on_gpu", lambda *states: on_gpu)
+        monkeypatch.setattr(attention, "can_attend_on_gpu", lambda *states: on_gpu)
         cache.begin(case.positions, case.num_slots, rows)
         module = SimpleNamespace(paged_cache=cache, layer_idx=0)
         query = case.query.to(query_dtype)
         out, _ = selfspec_attention(module, query, key, value, None, sliding_window=window, **kwargs)  # type: ignore[arg-type]
         return out, cache.pages_of[0].keys, cache.pages_of[0].values
 
-    write_and_attend = kernels.write_and_attend_on_gpu
-    monkeypatch.setattr(kernels, "write_and_attend_on_gpu", attend_on_gpu)
+    write_and_attend = attention.write_and_attend_on_gpu
+    monkeypatch.setattr(attention, "write_and_attend_on_gpu", attend_on_gpu)
     (out, *storage), (expected, *expected_storage) = forward(True), forward(False)
     assert calls == 1 and close(out, expected)
     assert all(torch.equal(*pair) for pair in zip(storage, expected_storage, strict=True))
@@ -278,7 +278,7 @@ def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch):
 
     def takes(steps: int = 1, dim: int = 64, value_dim: int = 64, dtype: torch.dtype = FP16, on: str = "cuda") -> bool:
         keys, values = (torch.empty(3, 16, 2, size, dtype=dtype, device=on) for size in (dim, value_dim))
-        return kernels.can_attend_on_gpu(steps, SimpleNamespace(keys=keys, values=values))  # type: ignore[arg-type]
+        return can_attend_on_gpu(steps, keys, values)
 
     with FakeTensorMode():
         assert takes() and takes(17) and takes(dim=256, value_dim=80) and takes(dtype=torch.bfloat16)
@@ -326,4 +326,4 @@ def test_a_cuda_graph_replays_the_kernel(dtype: torch.dtype):
 def test_a_gpu_takes_the_kernel(monkeypatch: pytest.MonkeyPatch):
     """Triton comes with torch for CUDA, so the predicate itself must say yes."""
     case = Case([70, 20], 1, dtype=torch.bfloat16)
-    assert kernels.can_attend_on_gpu(1, case.layer)
+    assert can_attend_on_gpu(1, case.layer.keys, case.layer.values)

@@ -58,28 +58,6 @@ compiled(_combine, pointers, constants)
 pointers = {"key": state, "value": state, "addresses": "*i64", "write_index": "*i64"}
 compiled(_write_slot, pointers, sizes | {"PADDED_HEADS": 4, "DTYPE": TYPES[dtype]})
 """
-ELEMENTWISE = """
-from trl_selfspec.kernels.triton import elementwise
-
-dtype, hidden_dtype, dim = sys.argv[2], sys.argv[3], int(sys.argv[4])
-x, hidden = "*" + dtype, "*" + hidden_dtype
-DTYPE, HIDDEN = TYPES[dtype], TYPES[hidden_dtype]
-pointers = {"x": x, "residual": hidden, "weight": hidden, "total": hidden, "normed": x}
-constants = {"RESIDUAL": True, "TOTAL": HIDDEN, "RESULT": HIDDEN, "SIZE": 28 * dim}
-constants["COLUMNS"] = triton.next_power_of_2(28 * dim)
-rows = ("x_row", "residual_row")
-compiled(elementwise._add_rms_norm, pointers, constants, ("eps",), rows, num_warps=8)
-pointers = {name: x for name in ("query", "key", "value", "out")} | {"addresses": "*i64", "write_index": "*i64"}
-pointers |= {name: hidden for name in ("cos", "sin", "query_weight", "key_weight")}
-constants = {"QUERY_NORM": True, "KEY_NORM": True, "ROTARY": True, "STORED": DTYPE, "HEADS": 28, "KV_HEADS": 4}
-constants |= {name: HIDDEN for name in ("QUERY_RESULT", "QUERY_ROTATED", "KEY_RESULT", "KEY_ROTATED")}
-constants |= {"DIM": dim, "HALF": triton.next_power_of_2(dim // 2), "AT_ONCE": elementwise.HEADS_AT_ONCE}
-tokens = ("query_token", "key_token", "value_token", "angle_row")
-compiled(elementwise._rotate_and_write, pointers, constants, ("query_eps", "key_eps"), tokens, num_warps=1)
-constants = {"SIZE": 18944, "COLUMNS": elementwise.ACTIVATIONS_AT_ONCE}
-pointers = {"gate": x, "up": x, "out": x}
-compiled(elementwise._silu_mul, pointers, constants, (), ("gate_row", "up_row"), num_warps=4)
-"""
 SPECIALISED = """
 import pkgutil
 from importlib import import_module
@@ -187,14 +165,6 @@ def test_pages_found_by_address_are_copied_ahead(usage):
     arguments = "90", "bf16", 128, 7
     assert usage(ATTENTION, *arguments)[0][3]
     assert not usage(UNALIGNED + ATTENTION, *arguments)[0][3], "negative control"
-
-
-@pytest.mark.parametrize("capability", ["80", "90"])
-@pytest.mark.parametrize(("dtype", "hidden_dtype", "dim"), [("bf16", "bf16", 128), ("bf16", "fp32", 256)])
-def test_what_lies_between_products_compiles(capability: str, dtype: str, hidden_dtype: str, dim: int, usage):
-    """Of models in 16 bits and of fp32 ones under autocast; wide rows and heads stay in registers."""
-    for shared, _, spilled, _ in usage(ELEMENTWISE, capability, dtype, hidden_dtype, dim):
-        assert shared <= SMALLEST_SHARED_MEMORY and spilled == 0
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

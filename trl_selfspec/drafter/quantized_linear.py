@@ -5,10 +5,10 @@ from torch import Tensor, nn
 
 from trl_selfspec.drafter.linear_backends import LinearBackend, choose_backend
 from trl_selfspec.drafter.quantized_weight import make_quantized_weight
-from trl_selfspec.kernels import PreparedLinear
+from trl_selfspec.kernels import OpaqueLinear, PreparedLinear
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(OpaqueLinear):
     """A Linear whose weight is held as quanto quantizes it; inference only.
 
     Args:
@@ -41,8 +41,8 @@ class QuantizedLinear(nn.Module):
         for name, buffer in self.backend.buffers.items():
             self.register_buffer(f"{self.backend.name}_{name}", buffer, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.backend(x if x.dtype is self.dtype else x.to(self.dtype))  # as autocast would
+    def multiply(self, x: Tensor) -> Tensor:
+        return self.backend(x)
 
     def requantize_(self, weight: Tensor, first_row: int = 0, repack: bool = True) -> None:
         """Quantizes `weight` into output rows from `first_row` on, in place: addresses never change.

@@ -2,10 +2,11 @@
 
 Decode steps use our kernels where these support the shapes. Elsewhere grouped query heads are packed into the query
 length of SDPA, so that no key is repeated in memory. transformers finds the function under `IMPLEMENTATION`. Each
-attention module holds the cache (`bind_cache`), because not every architecture passes keyword arguments through.
+attention module holds the cache (`bind_cache`), because not every architecture passes keyword arguments through. A compiled
+layer gets its part of the cache as tensors, in the place of the mask, and calls one operator.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,33 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trl_selfspec import kernels
-from trl_selfspec.kv_cache.paged_cache import PagedCache
+from trl_selfspec.kernels import triton_support
+from trl_selfspec.kv_cache.paged_cache import PagedCache, PagedLayer, visibility_bias, write_states
 
 
 IMPLEMENTATION = "selfspec"
 MODULES_OWN: Any = object()  # where a model leaves its window to the mask (Qwen2-MoE)
+MAX_GPU_STEPS = 17  # a token and a draft of 16
+MAX_GPU_DIM = 256
+
+
+class PagedStates(NamedTuple):
+    """Keys and values of one layer, and where the current forward of B rows and T tokens reads and writes them."""
+
+    keys: Tensor  # (pages, page_size, K, D)
+    values: Tensor  # (pages, page_size, K, Dv)
+    addresses: Tensor  # (2,) int64: where the two lie; they may be put elsewhere under a captured graph
+    table: Tensor  # (B, pages_per_row) int64: slot s of row b lies in page table[b, s // page_size]
+    positions: Tensor  # (B, T) int64
+    write_index: Tensor  # (B * T,) int64: page * page_size + slot
+    num_slots: int  # no query sees a slot from here on
+
+
+def paged_states(layer: PagedLayer) -> PagedStates:
+    step = layer.owner
+    return PagedStates(
+        layer.keys, layer.values, layer.addresses, step.table, step.positions, step.write_index, step.num_slots
+    )
 
 
 def bind_cache(model: nn.Module, cache: PagedCache | None) -> None:
@@ -32,7 +55,7 @@ def selfspec_attention(
     query: Tensor,  # (B, H, T, D)
     key: Tensor,  # (B, K, T, D): the states of this forward, which are written to the cache here
     value: Tensor,  # (B, K, T, Dv)
-    attention_mask: Tensor | None,
+    attention_mask: PagedStates | Tensor | None,  # within a compiled layer what it attends to, else not read
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = MODULES_OWN,
@@ -45,36 +68,114 @@ def selfspec_attention(
     Returns:
         `(B, T, H, Dv)`, contiguous since some models take views of it, and `None` in the place of weights.
     """
-    cache: PagedCache = module.paged_cache  # type: ignore[assignment]
-    plain = softcap is None and s_aux is None
-    layer = cache.layer_of(module.layer_idx, key, value)  # type: ignore[arg-type]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if sliding_window is MODULES_OWN:
         sliding_window = getattr(module, "sliding_window", None)
+    if isinstance(attention_mask, PagedStates):
+        return paged_attention(query, key, value, *attention_mask, scale, sliding_window, softcap, s_aux), None
+    cache: PagedCache = module.paged_cache  # type: ignore[assignment]
+    plain = softcap is None and s_aux is None
+    layer = cache.layer_of(module.layer_idx, key, value)  # type: ignore[arg-type]
     forward = cache.positions, cache.write_index, cache.num_slots, scale, sliding_window
     if plain and cache.rows_in_place and kernels.can_attend(query, key, value, layer.keys):
         return kernels.write_and_attend(query, key, value, layer.keys, layer.values, *forward), None
-    if not cache.fresh and kernels.can_attend_on_gpu(query.shape[2], layer):
+    if not cache.fresh and can_attend_on_gpu(query.shape[2], layer.keys, layer.values):
         extras = scale, sliding_window, softcap, s_aux
-        return kernels.write_and_attend_on_gpu(query, key, value, layer, *extras), None
+        return write_and_attend_on_gpu(query, key, value, paged_states(layer), *extras), None
     layer.write(key, value)
     if cache.fresh:  # as they are stored, and will be read from now on
         keys, values = key.to(layer.keys.dtype), value
     else:
         keys, values = (states.transpose(1, 2) for states in cache.keys_and_values(layer))
-    num_rows, num_heads, num_queries, head_dim = query.shape
-    groups = num_heads // keys.shape[1]
+    num_queries, groups = query.shape[2], query.shape[1] // keys.shape[1]
     query, values = query.to(keys.dtype), values.to(keys.dtype)
     if cache.fresh and plain and (sliding_window is None or sliding_window >= num_queries):
         return _causal_attention(query, keys, values, scale).transpose(1, 2).contiguous(), None
+    bias = cache.bias(sliding_window, groups, query.dtype if plain else torch.float32)
+    return _masked_attention(query, keys, values, bias, scale, softcap, s_aux), None
+
+
+def can_attend_on_gpu(num_steps: int, keys: Tensor, values: Tensor) -> bool:
+    """Whether `write_and_attend_on_gpu` takes queries of T steps over these pages."""
+    sizes = num_steps <= MAX_GPU_STEPS and max(keys.shape[3], values.shape[3]) <= MAX_GPU_DIM
+    return sizes and keys.dtype in triton_support.DTYPES and triton_support.runs_triton(keys.device)
+
+
+def write_and_attend_on_gpu(
+    query: Tensor,  # (B, H, T, D)
+    key: Tensor,  # (B, K, T, D): the states to write
+    value: Tensor,  # (B, K, T, Dv)
+    states: PagedStates,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,  # (H,): one logit per head that takes probability and gives no value
+) -> Tensor:  # (B, T, H, Dv), dtype of the pages
+    """Writes the states, then attends: a query at position p sees slots max(0, p - window + 1)..p of its row."""
+    from trl_selfspec.kernels.triton import attention
+
+    keys, values, addresses, table, positions, write_index, num_slots = states
+    attention.write(key, value, keys, values, addresses, write_index)
+    query, storage = query.to(keys.dtype), (keys, values, addresses)
+    return attention.attend(query, *storage, table, positions, num_slots, scale, window, softcap, sinks)
+
+
+@torch.library.custom_op("trl_selfspec::paged_attention", mutates_args=("keys", "values"))
+def paged_attention(
+    query: Tensor,  # (B, H, T, D)
+    key: Tensor,  # (B, K, T, D)
+    value: Tensor,  # (B, K, T, Dv)
+    keys: Tensor,
+    values: Tensor,
+    addresses: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    write_index: Tensor,
+    num_slots: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:  # (B, T, H, Dv), dtype of the pages
+    """What `selfspec_attention` computes in a decode step, as an operator of tensors: see `PagedStates`."""
+    states = PagedStates(keys, values, addresses, table, positions, write_index, num_slots)
+    if can_attend_on_gpu(query.shape[2], keys, values):
+        return write_and_attend_on_gpu(query, key, value, states, scale, window, softcap, sinks)
+    write_states(keys, key, write_index)
+    write_states(values, value, write_index)
+    pages = table[:, : -(-num_slots // keys.shape[1])]
+    seen_keys, seen_values = (
+        storage[pages].flatten(1, 2)[:, :num_slots].transpose(1, 2) for storage in (keys, values)
+    )
+    slots = torch.arange(num_slots, device=keys.device)
+    dtype = keys.dtype if softcap is None and sinks is None else torch.float32
+    bias = visibility_bias(positions, slots, window, query.shape[1] // keys.shape[2], dtype)
+    return _masked_attention(query.to(keys.dtype), seen_keys, seen_values, bias, scale, softcap, sinks)
+
+
+@paged_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, *rest: object) -> Tensor:
+    heads_last = query.shape[0], query.shape[2], query.shape[1], values.shape[3]
+    return query.new_empty(heads_last, dtype=keys.dtype)
+
+
+def _masked_attention(
+    query: Tensor,  # (B, H, T, D)
+    keys: Tensor,  # (B, K, S, D)
+    values: Tensor,  # (B, K, S, Dv)
+    bias: Tensor,  # (B, 1, G * T, S)
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:  # (B, T, H, Dv)
+    num_rows, num_heads, num_queries, head_dim = query.shape
+    groups = num_heads // keys.shape[1]
     packed = query.reshape(num_rows, keys.shape[1], groups * num_queries, head_dim)
-    if plain:
-        bias = cache.bias(sliding_window, groups, query.dtype)
-        out = scaled_dot_product_attention(packed, keys, values, attn_mask=bias, scale=scaling)
+    if softcap is None and sinks is None:
+        out = scaled_dot_product_attention(packed, keys, values, attn_mask=bias, scale=scale)
     else:
-        bias = cache.bias(sliding_window, groups, torch.float32)
-        out = _eager_attention(packed, keys, values, bias, scale, softcap, s_aux, groups)
-    return out.reshape(num_rows, num_heads, num_queries, -1).transpose(1, 2).contiguous(), None
+        out = _eager_attention(packed, keys, values, bias, scale, softcap, sinks, groups)
+    return out.reshape(num_rows, num_heads, num_queries, -1).transpose(1, 2).contiguous()
 
 
 def _causal_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:

@@ -77,9 +77,8 @@ class PagedLayer(CacheLayerMixin):
         """Writes `(B, K, T, D)` states to the current forward's slots."""
         index = self.owner.write_index
         self.in_rounds |= self.owner.rows is None and not self.owner.fresh
-        for storage, states in ((self.keys, key_states), (self.values, value_states)):
-            flat = states.transpose(1, 2).reshape(-1, states.shape[1], states.shape[3])
-            storage.flatten(0, 1).index_copy_(0, index, flat.to(storage.dtype))
+        write_states(self.keys, key_states, index)
+        write_states(self.values, value_states, index)
 
     def copy_pages(
         self,
@@ -219,15 +218,8 @@ class PagedCache(Cache):
         """
         key = (sliding_window, repeats, dtype)
         if key not in self._bias:
-            queries = self.positions[:, :, None]
             slots = self.positions[:, None, :] if self.fresh else torch.arange(self.num_slots, device=self.device)
-            hidden = slots > queries
-            if sliding_window is not None:
-                hidden |= slots <= queries - sliding_window
-            bias = torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill_(hidden, float("-inf"))
-            num_rows, num_queries, num_keys = bias.shape
-            packed = bias[:, None, None].expand(num_rows, 1, repeats, num_queries, num_keys)
-            self._bias[key] = packed.reshape(num_rows, 1, repeats * num_queries, num_keys)
+            self._bias[key] = visibility_bias(self.positions, slots, sliding_window, repeats, dtype)
         return self._bias[key]
 
     @property
@@ -368,6 +360,33 @@ class PagedCache(Cache):
             self._host_table[row] = NULL_PAGE
             self._host_table[row, : len(pages)] = torch.tensor(pages, dtype=torch.int64, device="cpu")
             self._stale.add(row)
+
+
+def write_states(
+    storage: Tensor,  # (pages, page_size, K, D)
+    states: Tensor,  # (B, K, T, D)
+    index: Tensor,  # (B * T,) int64: page * page_size + slot
+) -> None:
+    flat = states.transpose(1, 2).reshape(-1, states.shape[1], states.shape[3])
+    storage.flatten(0, 1).index_copy_(0, index, flat.to(storage.dtype))
+
+
+def visibility_bias(
+    positions: Tensor,  # (B, T)
+    slots: Tensor,  # (S,), or (B, 1, S)
+    sliding_window: int | None,
+    repeats: int,
+    dtype: torch.dtype,
+) -> Tensor:  # (B, 1, repeats * T, S)
+    """0 where a query sees a slot, else -inf."""
+    queries = positions[:, :, None]
+    hidden = slots > queries
+    if sliding_window is not None:
+        hidden |= slots <= queries - sliding_window
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+    num_rows, num_queries, num_keys = bias.shape
+    packed = bias[:, None, None].expand(num_rows, 1, repeats, num_queries, num_keys)
+    return packed.reshape(num_rows, 1, repeats * num_queries, num_keys)
 
 
 def _grown(storage: Tensor, num_pages: int) -> Tensor:

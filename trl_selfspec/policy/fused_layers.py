@@ -1,93 +1,134 @@
-"""Decoder layers in one go, in place of modules that are shown to compute the same.
+"""Fused decoder layers, used where a trial shows that they compute what the module computes.
 
-A decode step is dozens of tiny operations per layer, and a drafter's weights are read in less time than those take to
-launch. Layers built like Llama's are replaced; any other stays as it is. What counts as such is tried out, with random
-weights: attributes tell nothing of multipliers, activations or layers without positions.
+A decode step is dozens of tiny operations per layer, which take longer to launch than the weights to read. On CUDA a
+layer is compiled (`compile.py`), on CPUs one of Llama's family is a single call (`kernels/cpu`). The first decode step
+of each kind of layer tries it out, with random weights: attributes tell nothing of multipliers, activations or layers
+without positions, and a parameter that is neutral today is trained tomorrow.
 """
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
+from transformers.utils import logging
 
-from trl_selfspec.kernels import DecoderLayer, DecoderParts, FastRMSNorm, prepare_decoder_layer
-from trl_selfspec.kernels import triton_support as gpu
-from trl_selfspec.kv_cache.paged_cache import PagedCache
+from trl_selfspec import kernels
+from trl_selfspec.kernels import FastRMSNorm
+from trl_selfspec.kernels.cpu.layer import CpuDecoderLayer, DecoderParts
+from trl_selfspec.kernels.triton_support import runs_triton
+from trl_selfspec.kv_cache.paged_cache import PagedCache, PagedLayer
+from trl_selfspec.policy.compile import CompiledLayer, compiled_program
 
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 JOINABLE = PROJECTIONS[0][:3], PROJECTIONS[1][:2]  # each group reads one input
-TRIAL_LENGTHS, TRIAL_STEPS = (9, 6), 2
-# Both ways round at the same places; only the exponentials of the activation differ, in the last bit.
+# Both ways round at the same places; sums in another order, and exponentials, differ in the last bit.
 MAX_SHARE_OF_OTHER_ROUNDINGS = 0.05
 RELATIVE_TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-4}
 
 
-class FastForward:
-    """A decoder layer's forward with decode steps in one go; the module's own does what that can't."""
+class FusedLayer(Protocol):
+    """What takes the place of a layer's forward in decode steps. Arguments but the first are the forward's."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        layer: DecoderLayer,
-        compute: Callable[..., Tensor] | None = None,  # in the place of `layer`
-    ) -> None:
-        self.modules_own, self.attention, self.layer = module.forward, module.self_attn, layer
-        self.compute = compute or layer
+    def takes(self, pages: PagedLayer, x: Tensor, /, *args: object, **kwargs: object) -> bool:
+        """Whether it computes this forward."""
+        ...
 
-    def __call__(
-        self,
-        hidden_states: Tensor,  # (B, T, hidden)
-        *args: object,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **kwargs: object,
-    ) -> Tensor:
-        cache: PagedCache | None = self.attention.paged_cache  # type: ignore[assignment]
-        if not args and position_embeddings is not None and cache is not None:
-            pages = cache.pages_of[self.attention.layer_idx]  # type: ignore[index]
-            if pages.is_initialized and self.layer.takes(hidden_states, position_embeddings[0], pages):
-                return self.compute(hidden_states, *position_embeddings, pages)
-        return self.modules_own(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
+    def __call__(self, pages: PagedLayer, x: Tensor, /, *args: object, **kwargs: object) -> Tensor:
+        """Writes this step's keys and values, and gives the layer's output."""
+        ...
 
 
-def use_fast_forwards(
-    layers: dict[str, nn.Module],  # a tree's, in order
-    names: Sequence[str],  # those of `computing_the_same`, of this tree or of its twin
-    hidden_dtype: torch.dtype,
-    last_norm: nn.Module | None,  # what sees the output of the last layer
+@dataclass
+class Trials:
+    """What is known of a kind of layer. One row and one token are tried out apart: sizes of 1 are special."""
+
+    passed: dict[tuple[bool, bool], bool] = field(default_factory=dict)  # by whether there is one row, and one token
+
+    @property
+    def refused(self) -> bool:
+        return not all(self.passed.values())
+
+
+class FusedForward:
+    """A decoder layer's forward with fused decode steps; the module's own does what they can't."""
+
+    def __init__(self, module: nn.Module, layer: FusedLayer, trials: Trials) -> None:
+        self.module, self.layer, self.trials = module, layer, trials
+        self.modules_own = module.forward
+        self.attention = next(part for part in module.modules() if hasattr(part, "layer_idx"))
+
+    def __call__(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        cache: PagedCache | None = getattr(self.attention, "paged_cache", None)
+        if cache is None or cache.fresh or self.trials.refused:
+            return self.modules_own(x, *args, **kwargs)
+        pages = cache.pages_of[self.attention.layer_idx]  # type: ignore[index]
+        if not pages.is_initialized or not self.layer.takes(pages, x, *args, **kwargs):
+            return self.modules_own(x, *args, **kwargs)
+        kind = x.shape[0] == 1, x.shape[1] == 1
+        try:
+            if kind not in self.trials.passed:
+                self.trials.passed[kind] = self._computes_the_same(pages, x, args, kwargs)
+            if self.trials.passed[kind]:
+                return self.layer(pages, x, *args, **kwargs)
+        except TorchDynamoException as error:
+            self.trials.passed[kind] = False
+            reason = f"{type(error).__name__}: {error}".split("\n\n")[0][:500]
+            logger.warning_once(
+                f"trl_selfspec: {type(self.module).__name__} runs module by module, more slowly: torch.compile failed "
+                f"with {reason}"
+            )
+        return self.modules_own(x, *args, **kwargs)
+
+    @torch.no_grad()
+    def _computes_the_same(self, pages: PagedLayer, x: Tensor, args: tuple, kwargs: dict) -> bool:
+        """Tries this step with other inputs. What it writes to the cache, the step itself overwrites."""
+        generator = torch.Generator(x.device).manual_seed(0)
+        noise = torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype)
+        with _random_weights(self.module, generator) if not self.trials.passed else contextlib.nullcontext():
+            expected = _outcome(self.modules_own(noise, *args, **kwargs), pages)
+            for states in (pages.keys, pages.values):
+                states.flatten(0, 1).index_fill_(0, pages.owner.write_index, 0.0)
+            actual = _outcome(self.layer(pages, noise, *args, **kwargs), pages)
+        pairs = list(zip(actual, expected, strict=True))
+        tolerance = max(RELATIVE_TOLERANCE.get(tensor.dtype, 0.0) for tensor in expected)
+        close = all(_close(*pair, tolerance) for pair in pairs)
+        alike = close and all(_rounds_alike(*pair) for pair in pairs)
+        if not alike:
+            what = "rounds otherwise" if close else "computes something else"
+            logger.info(f"trl_selfspec: {type(self.module).__name__} runs module by module: fused, it {what}.")
+        return alike
+
+
+def fuse_layers(
+    tree: nn.Module,
+    compiled: bool | None = None,  # by default on CUDA; else layers of Llama's family are a call of the CPU's kernels
+    program: Callable[[], Callable[..., Tensor]] = compiled_program,
 ) -> None:
-    """Decodes in one go from here on."""
-    fast: dict[str, DecoderLayer] = {}
-    for name in names:
-        if (layer := _prepared(layers[name], hidden_dtype)) is not None:
-            layers[name].forward = FastForward(layers[name], layer)  # type: ignore[method-assign]
-            fast[name] = layer
-    for name, following in pairwise([*layers, None]):
-        if name not in fast:
-            continue
-        if following is None and isinstance(last_norm, FastRMSNorm):
-            fast[name].precede(last_norm, None)
-        elif following in fast:
-            fast[name].precede(fast[following].parts.norms[0], fast[following].parts.dtype)
+    """Decodes with fused layers from here on, as far as their trials pass."""
+    kinds: dict[tuple[object, ...], tuple[Trials, Callable[..., Tensor]]] = {}
+    for module in _decoder_layers(tree):
+        if compiled is None:
+            compiled = runs_triton(next(module.parameters()).device)
+        kind = _kind(module)
+        if kind not in kinds:
+            kinds[kind] = Trials(), program()
+        trials, function = kinds[kind]
+        layer = CompiledLayer(module, function) if compiled else _cpu_layer(module)
+        if layer is not None:
+            module.forward = FusedForward(module, layer, trials)  # type: ignore[method-assign]
 
 
-def computing_the_same(layers: dict[str, nn.Module], hidden_dtype: torch.dtype) -> list[str]:
-    """Names of the decoder layers that have Llama's parts and no others, and give the same in one go."""
-    verdicts: dict[tuple[object, ...], bool] = {}
-    names = []
-    for name, module in layers.items():
-        layer = _prepared(module, hidden_dtype)
-        if layer is None:
-            continue
-        if (make := _make(module)) not in verdicts:
-            verdicts[make] = _computes_the_same(module, layer)
-        if verdicts[make]:
-            names.append(name)
-    return names
+def fused_layers(tree: nn.Module) -> list[str]:
+    """Names of the layers that decode fused, as far as is known."""
+    forwards = {name: getattr(module, "forward", None) for name, module in tree.named_modules()}
+    return [name for name, f in forwards.items() if isinstance(f, FusedForward) and not f.trials.refused]
 
 
 def joinable_projections(tree: nn.Module) -> Iterator[list[str]]:
@@ -98,17 +139,25 @@ def joinable_projections(tree: nn.Module) -> Iterator[list[str]]:
                 yield [f"{name}.{part}" for part in group]
 
 
-def _make(module: nn.Module) -> tuple[object, ...]:
+def _decoder_layers(tree: nn.Module) -> Iterator[nn.Module]:
+    """The layers that a model runs through, each with one attention: that is what has an index in the cache."""
+    for stack in tree.modules():
+        for module in stack if isinstance(stack, nn.ModuleList) else ():
+            if len({part.layer_idx for part in module.modules() if hasattr(part, "layer_idx")}) == 1:
+                yield module
+
+
+def _kind(module: nn.Module) -> tuple[object, ...]:
     """What tells layers of one model apart, their index and weights aside."""
     parts = [part for part in module.modules() if not list(part.parameters(recurse=False))]
     settings = [(k, v) for part in parts for k, v in vars(part).items() if isinstance(v, int | float | str | None)]
     return type(module), tuple(setting for setting in settings if setting[0] != "layer_idx")
 
 
-def _prepared(module: nn.Module, hidden_dtype: torch.dtype) -> DecoderLayer | None:
-    """The layer in one go, if it has Llama's parts and no other, and a kernel takes them."""
+def _cpu_layer(module: nn.Module) -> CpuDecoderLayer | None:
+    """The layer as one call, if it has Llama's parts and no other, and the kernel takes them."""
     attention, mlp = getattr(module, "self_attn", None), getattr(module, "mlp", None)
-    if not isinstance(attention, nn.Module) or not isinstance(mlp, nn.Module):
+    if not kernels.available() or not isinstance(attention, nn.Module) or not isinstance(mlp, nn.Module):
         return None
     named = [(attention, name) for name in PROJECTIONS[0]] + [(mlp, name) for name in PROJECTIONS[1]]
     linears = [getattr(part, name, None) for part, name in named]
@@ -127,87 +176,63 @@ def _prepared(module: nn.Module, hidden_dtype: torch.dtype) -> DecoderLayer | No
         return None
     if not isinstance(scaling, float) or not isinstance(head_dim, int) or not isinstance(window, int | None):
         return None
-    parts = [*linears, *norms]
-    known = {id(tensor) for part in parts if part is not None for tensor in [*part.parameters(), *part.buffers()]}
-    if known != {id(tensor) for tensor in [*module.parameters(), *module.buffers()]}:
+    known = [tensor for part in (*linears, *norms) if part is not None for tensor in _tensors(part)]
+    if set(map(id, known)) != set(map(id, _tensors(module))):
         return None
     rotary = bool(getattr(attention, "use_rope", True))
-    return prepare_decoder_layer(
-        DecoderParts(tuple(linears), norms, head_dim, scaling, window, rotary, hidden_dtype)  # type: ignore[arg-type]
-    )
+    parts = DecoderParts(tuple(linears), norms, head_dim, scaling, window, rotary)  # type: ignore[arg-type]
+    return CpuDecoderLayer(parts) if CpuDecoderLayer.fits(parts) else None
 
 
-@torch.no_grad()
-def _computes_the_same(module: nn.Module, layer: DecoderLayer) -> bool:
-    """Ragged rows, several tokens, random weights in the place of the layer's own."""
-    fast = FastForward(module, layer)
-    generator = torch.Generator(layer.parts.norms[0].weight.device).manual_seed(0)
-    parameters = list(module.parameters())
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+@contextlib.contextmanager
+def _random_weights(module: nn.Module, generator: torch.Generator) -> Iterator[None]:
+    """Parameters hold random numbers within; parts of fused projections stay parts of them."""
+    parts = list(_parts_of_fused(module))
+    whole = {id(whole): whole for _, whole, _ in parts}
+    alone = [p for p in module.parameters() if id(p) not in {id(part) for part, _, _ in parts}]
+    parameters = [*alone, *whole.values(), *(part for part, _, _ in parts)]
     own = [parameter.data for parameter in parameters]
-    bound = getattr(fast.attention, "paged_cache", None)
     try:
-        for parameter in parameters:
+        for parameter in parameters[: len(alone) + len(whole)]:
             spread = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1.0
             parameter.data = torch.empty_like(parameter).uniform_(-2 * spread, 2 * spread, generator=generator)
-        expected, actual = _decode(fast, fast.modules_own), _decode(fast, fast)
-        rounded = actual if layer.twin is None else _decode(fast, FastForward(module, layer, layer.twin))
-    except gpu.errors() as error:
-        if gpu.runs_triton(parameters[0].device):  # where a kernel was expected to run
-            reason = f"{type(error).__name__}: {error}"[:500]
-            logger.warning("trl_selfspec: %s runs module by module, more slowly: %s", type(module).__name__, reason)
-        return False
+        for part, fused, rows in parts:
+            part.data = fused.data[rows]
+        yield
     finally:
-        fast.attention.paged_cache = bound  # type: ignore[assignment]
         for parameter, data in zip(parameters, own, strict=True):
             parameter.data = data
-    dtype = layer.parts.dtype
-    close = all(_close(x, y, RELATIVE_TOLERANCE[dtype]) for x, y in zip(actual, expected, strict=True))
-    alike = dtype is torch.float32 or all(map(_rounds_alike, rounded, expected))
-    if not close or not alike:
-        what = "rounds otherwise" if close else "computes something else"
-        logger.info("trl_selfspec: %s runs module by module: it %s", type(module).__name__, what)
-    return close and alike
 
 
-def _decode(fast: FastForward, layer: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """What a layer gives for a step, and the keys and values in the cache after it."""
-    parts, device = fast.layer.parts, fast.layer.parts.norms[0].weight.device
-    generator = torch.Generator(device).manual_seed(1)
-    layer_idx: int = fast.attention.layer_idx  # type: ignore[assignment]
-    capacity = max(TRIAL_LENGTHS) + TRIAL_STEPS
-    cache = PagedCache(layer_idx + 1, len(TRIAL_LENGTHS), capacity, dtype=parts.dtype, device=device)
-    fast.attention.paged_cache = cache  # type: ignore[assignment]
-    pages = cache.pages_of[layer_idx]
+def _parts_of_fused(module: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter, slice]]:
+    """Parameters that are rows of a fused projection's, with that and the rows."""
+    for linear in module.modules():
+        fused = getattr(linear, "fused", None)
+        for name in ("weight", "bias") if fused is not None else ():
+            if getattr(fused, name) is not None:
+                yield getattr(linear, name), getattr(fused, name), fused.rows  # type: ignore[union-attr]
 
-    def step(layer: Callable[..., Tensor], positions: Tensor, **kwargs: object) -> Tensor:
-        def noise(size: int) -> Tensor:
-            shape = *positions.shape, size
-            return torch.randn(shape, generator=generator, device=device).to(parts.hidden_dtype)
 
-        cache.begin(positions, cache.row_capacity, **kwargs)  # type: ignore[arg-type]
-        hidden_states, angles = noise(parts.hidden_size), (noise(parts.head_dim), noise(parts.head_dim))
-        assert cache.fresh or fast.layer.takes(hidden_states, angles[0], pages)
-        return layer(
-            hidden_states,
-            attention_mask=None,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            position_embeddings=angles,
-        )
-
-    lengths, slots = torch.tensor(TRIAL_LENGTHS, device=device), torch.arange(capacity, device=device)
-    prompt = slots[: max(TRIAL_LENGTHS)].expand(len(lengths), -1)
-    step(fast.modules_own, prompt, lengths=lengths, fresh=True)
-    output = step(layer, lengths[:, None] + slots[:TRIAL_STEPS])
-    return output, pages.keys[1:], pages.values[1:]
+def _outcome(output: Tensor | tuple[Tensor, ...], pages: PagedLayer) -> list[Tensor]:
+    """A copy of a step's output, and of the keys and values that it wrote, padding left out."""
+    index = pages.owner.write_index
+    real = index >= pages.owner.page_size  # the rest goes to the first page, whatever it is
+    hidden = output if isinstance(output, Tensor) else output[0]
+    written = [states.flatten(0, 1)[index[real]] for states in (pages.keys, pages.values)]
+    return [hidden.flatten(0, 1)[real], *written]
 
 
 def _close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
-    if not isinstance(expected, Tensor) or actual.dtype != expected.dtype or actual.shape != expected.shape:
+    if actual.dtype != expected.dtype or actual.shape != expected.shape or not expected.isfinite().all():
         return False
     return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().mean().item())
 
 
 def _rounds_alike(actual: Tensor, expected: Tensor) -> bool:
+    if actual.dtype is torch.float32:
+        return True
     return (actual != expected).float().mean().item() <= MAX_SHARE_OF_OTHER_ROUNDINGS

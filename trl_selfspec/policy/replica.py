@@ -9,15 +9,17 @@ target; the drafter is the replica with its Linear weights quantized. A refresh 
 import copy
 import functools
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from trl_selfspec.kernels import PreparedLinear, fast_norm, prepare_linear
+from trl_selfspec.kernels import OpaqueLinear, PreparedLinear, fast_norm, prepare_linear
 from trl_selfspec.kernels import triton_support as gpu
 from trl_selfspec.kv_cache.attention import IMPLEMENTATION
-from trl_selfspec.policy.fused_layers import computing_the_same, joinable_projections, use_fast_forwards
+from trl_selfspec.policy.fused_layers import fuse_layers, fused_layers, joinable_projections
 from trl_selfspec.policy.peft_weights import (
     adapter_state,
     base_model,
@@ -47,22 +49,37 @@ class LayoutChangedError(RuntimeError):
     """A tensor of the policy has another shape, dtype, device or layout than before: the replica is built anew."""
 
 
-class ReplicaLinear(nn.Module):
+class FusedRows(NamedTuple):
+    """A projection's place in the fused weights of all that read its input."""
+
+    weight: nn.Parameter  # (rows of all, in_features)
+    bias: nn.Parameter | None
+    rows: slice
+
+
+class ReplicaLinear(OpaqueLinear):
     """A Linear layer of the target replica: casts its input to the weight's dtype, as autocast would."""
+
+    fused: FusedRows | None = None  # what a compiled layer multiplies by, once for all parts
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.weight, self.bias, self.dtype = weight, bias, weight.dtype
         self.out_features, self.in_features = weight.shape
-        self._linear = prepare_linear(weight, bias)
+        self.multiply = prepare_linear(weight, bias)
 
     @property
     def kernel(self) -> PreparedLinear | None:
         """The kernel that computes the whole layer, if there is one."""
-        return self._linear if isinstance(self._linear, PreparedLinear) else None
+        return self.multiply if isinstance(self.multiply, PreparedLinear) else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._linear(x if x.dtype is self.dtype else x.to(self.dtype))
+        if not torch.compiler.is_compiling() or isinstance(self.multiply, PreparedLinear):
+            return super().forward(x)
+        x = x.to(self.dtype)
+        if self.fused is None:
+            return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.fused.weight, self.fused.bias)[..., self.fused.rows]
 
 
 class BitsAndBytesLinear(ReplicaLinear):
@@ -98,7 +115,6 @@ class PolicyReplica:
         self.base = base_model(policy)
         self.autocast_dtype, self.param_dtype = autocast_dtype, param_dtype
         self.version = 0
-        self._fast_layers: list[str] | None = None
         self._copies: list[tuple[Tensor, Callable[[], Tensor]]] = []
         self._aliases: list[tuple[nn.Parameter, Callable[[], Tensor]]] = []
         self._layouts: dict[tuple[str, str], tuple[object, ...]] = {}  # of the policy's tensors at construction
@@ -151,8 +167,8 @@ class PolicyReplica:
 
     @property
     def fast_layers(self) -> list[str]:
-        """Names of the decoder layers that decode with a fused kernel."""
-        return self._fast_layers or []
+        """Names of the decoder layers that decode fused, as far as is known."""
+        return fused_layers(self.model)
 
     @property
     def num_layers(self) -> int:
@@ -222,13 +238,7 @@ class PolicyReplica:
         for name, module in list(tree.named_modules()):
             if (norm := fast_norm(module)) is not None:
                 _replace(tree, name, norm)
-        layers: dict[str, nn.Module] = {
-            n: module for n, module in tree.named_modules() if hasattr(module, "self_attn")
-        }
-        hidden_dtype = self._embedding_dtype or self.embeddings.dtype
-        if self._fast_layers is None:
-            self._fast_layers = computing_the_same(layers, hidden_dtype)
-        use_fast_forwards(layers, self._fast_layers, hidden_dtype, getattr(tree.base_model, "norm", None))
+        fuse_layers(tree)
 
     def _policy_state(self) -> tuple[object, ...]:
         return fingerprint(self.base), adapter_state(self.base)
@@ -282,12 +292,16 @@ class PolicyReplica:
             biases = [layer.bias for layer in layers if layer.bias is not None]
             if biases and len(biases) < len(layers):
                 continue
-            _put_together([layer.weight for layer in layers])  # type: ignore[misc]
+            weight, bias = _put_together([layer.weight for layer in layers]), None  # type: ignore[misc]
             if biases:
                 aliased = {id(bias) for bias in biases}
                 self._copies += [entry for entry in self._aliases if id(entry[0]) in aliased]
                 self._aliases = [entry for entry in self._aliases if id(entry[0]) not in aliased]
-                _put_together(biases)  # type: ignore[arg-type]
+                bias = _put_together(biases)  # type: ignore[arg-type]
+            end = 0
+            for layer in layers:
+                start, end = end, end + layer.out_features  # type: ignore[operator]
+                layer.fused = FusedRows(weight, bias, slice(start, end))  # type: ignore[assignment]
 
     def _dtype_in_forward(self, module: nn.Module, attribute: str, tensor: Tensor) -> torch.dtype:
         if self.param_dtype is not None and attribute in module._parameters and tensor.is_floating_point():
@@ -420,12 +434,13 @@ def _assign(module: nn.Module, attribute: str, tensor: Tensor) -> None:
         module._buffers[attribute] = tensor
 
 
-def _put_together(tensors: list[Tensor]) -> None:
-    """Makes tensors of one dtype, equal but for their first dimension, views of one tensor."""
+def _put_together(tensors: list[Tensor]) -> nn.Parameter:
+    """Makes tensors of one dtype, equal but for their first dimension, views of the one that is returned."""
     first = tensors[0]
     whole = first.new_empty((sum(map(len, tensors)), *first.shape[1:]))
     for tensor, part in zip(tensors, whole.split([len(tensor) for tensor in tensors]), strict=True):
         tensor.data = part
+    return nn.Parameter(whole, requires_grad=False)
 
 
 def _replace(tree: nn.Module, name: str, module: nn.Module) -> None:

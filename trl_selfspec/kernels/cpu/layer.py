@@ -1,6 +1,11 @@
-"""A whole decoder layer of Llama's family in one call, for the few tokens of a decode step. Its twin is the module."""
+"""A whole decoder layer of Llama's family in one call, for the few tokens of a decode step.
+
+The reference is the module. Measured against a compiled layer in docs/LOG.md.
+"""
 
 import struct
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -8,8 +13,7 @@ from torch import Tensor
 from trl_selfspec.kernels.cpu import machine
 from trl_selfspec.kernels.cpu.build import functions
 from trl_selfspec.kernels.cpu.linear import DTYPES, PreparedLinear
-from trl_selfspec.kernels.layer_interface import DecoderParts, Pages
-from trl_selfspec.kernels.norm import FastRMSNorm
+from trl_selfspec.kernels.cpu.norm import FastRMSNorm
 
 
 LANES = 16  # halves of a head, and features per thread, are whole vectors
@@ -17,10 +21,92 @@ MAX_TOKENS = 64  # per forward, at most; for more, a call more or less matters l
 _STEP = struct.Struct("8Q5q")  # the first fields of `DecoderLayer` in layer.c: addresses, then sizes
 
 
+class Linear(Protocol):
+    """A linear layer that casts its input to its dtype."""
+
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
+class Step(Protocol):
+    """The current forward, of B rows and T tokens."""
+
+    positions: Tensor  # (B, T) int64
+    write_index: Tensor  # (B * T,) int64: page * page_size + slot
+    num_slots: int  # no query sees a slot from here on
+
+    @property
+    def rows_in_place(self) -> bool: ...  # row b reads page b + 1
+
+
+class Pages(Protocol):
+    """Keys and values of one layer."""
+
+    keys: Tensor  # (pages, page_size, K, D)
+    values: Tensor  # (pages, page_size, K, D)
+
+    @property
+    def owner(self) -> Step: ...
+
+
+@dataclass(frozen=True)
+class DecoderParts:
+    """A layer of Llama's family.
+
+    Attributes:
+        linears: q, k, v, o, gate, up, down.
+        norms: before attention, before the MLP, of q's and of k's heads; the last two may be missing.
+        head_dim: D, of queries, keys and values.
+        scaling: of the attention scores.
+        window: how many positions a query sees, itself included; `None` for all.
+        rotary: whether queries and keys are rotated.
+    """
+
+    linears: tuple[Linear, ...]
+    norms: tuple[FastRMSNorm, FastRMSNorm, FastRMSNorm | None, FastRMSNorm | None]
+    head_dim: int
+    scaling: float
+    window: int | None
+    rotary: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the linear layers compute, and of keys and values."""
+        return self.linears[0].dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return self.linears[0].in_features
+
+    @property
+    def num_heads(self) -> int:
+        return self.linears[0].out_features // self.head_dim
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.linears[1].out_features // self.head_dim
+
+    @property
+    def match(self) -> bool:
+        """Whether the sizes are those of a layer, and the linear layers of one dtype."""
+        q, k, v, o, gate, up, down = self.linears
+        hidden, inner, dim = q.in_features, gate.out_features, self.head_dim
+        shapes = {(p.out_features, p.in_features) for p in (k, v)} == {(k.out_features, hidden)}
+        shapes &= (o.out_features, o.in_features) == (hidden, q.out_features)
+        shapes &= {(p.out_features, p.in_features) for p in (gate, up)} == {(inner, hidden)}
+        shapes &= (down.out_features, down.in_features) == (hidden, inner)
+        shapes &= q.out_features % dim == k.out_features % dim == 0 and q.out_features % k.out_features == 0
+        sizes = hidden, hidden, dim, dim
+        norms = zip(self.norms, sizes, strict=True)
+        shapes &= all(norm.weight.shape == (size,) for norm, size in norms if norm is not None)
+        return shapes and self.scaling > 0 and len({linear.dtype for linear in self.linears}) == 1
+
+
 class CpuDecoderLayer:
     """A layer with what does not change from step to step packed once. Tensors may be re-pointed, not replaced."""
-
-    twin = None
 
     def __init__(self, parts: DecoderParts) -> None:
         self.parts, self._projections = parts, _projections(parts)
@@ -39,28 +125,34 @@ class CpuDecoderLayer:
     def fits(parts: DecoderParts) -> bool:
         """Whether every linear layer is one of ours, and the sizes and dtypes are ones that the kernel takes."""
         same = all(norm.weight.dtype is parts.dtype for norm in parts.norms if norm is not None)
-        same &= parts.hidden_dtype is parts.dtype and parts.dtype in DTYPES
+        same &= parts.match and parts.dtype in DTYPES
         sizes = parts.head_dim, parts.hidden_size, parts.linears[4].out_features
         return same and all(size % LANES == 0 for size in sizes) and len(_projections(parts)) == len(parts.linears)
 
-    def takes(self, x: Tensor, cos: Tensor, pages: Pages) -> bool:
+    def takes(
+        self,
+        pages: Pages,
+        x: Tensor,  # (B, T, hidden)
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: object,
+    ) -> bool:
         """Whether these are few tokens of the right dtypes, and whole heads are rotated: so few that no linear layer
         would leave them to torch.
         """
-        few = x.shape[0] * x.shape[1] <= self._most and (not self.parts.rotary or cos.shape[-1] == self.parts.head_dim)
-        return few and pages.owner.rows_in_place and pages.keys.dtype is x.dtype is self._dtype
-
-    def precede(self, norm: FastRMSNorm, dtype: torch.dtype | None) -> None:
-        """Nothing to gain: the next call begins with that norm."""
+        if position_embeddings is None or x.shape[0] * x.shape[1] > self._most:
+            return False
+        whole_heads = not self.parts.rotary or position_embeddings[0].shape[-1] == self.parts.head_dim
+        return whole_heads and pages.owner.rows_in_place and pages.keys.dtype is x.dtype is self._dtype
 
     def __call__(
         self,
-        x: Tensor,  # (B, T, hidden)
-        cos: Tensor,  # (B or 1, T, D), as `sin`; not read without rotary embedding
-        sin: Tensor,
         pages: Pages,  # row b reads page b + 1
+        x: Tensor,  # (B, T, hidden)
+        position_embeddings: tuple[Tensor, Tensor],  # cosines and sines, (B or 1, T, D), not read without rotation
+        **kwargs: object,
     ) -> Tensor:  # (B, T, hidden)
         """Writes this step's keys and values, and gives the layer's output. A row's result is its own."""
+        cos, sin = position_embeddings
         parts, step, keys, values = self.parts, pages.owner, pages.keys, pages.values
         num_rows, num_steps, _ = x.shape
         angle_row = 0
