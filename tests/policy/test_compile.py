@@ -70,9 +70,9 @@ def test_compiled_layers_give_what_their_modules_give(
     """
     replica = PolicyReplica(tiny_model(family, dtype=dtype, **overrides))
     tree, reference = compiled(replica.tree()), unfused(replica.tree())
-    for num_steps, num_rows, page_size in ((2, 5, PAGE), (1, 5, PAGE), (1, 1, PAGE), (6, 3, None), (3, 1, None)):
-        actual = decoded(tree, num_steps, num_rows, page_size)
-        expected = decoded(reference, num_steps, num_rows, page_size)
+    for num_steps, num_rows in ((2, 5), (1, 5), (1, 1), (6, 3), (3, 1)):
+        actual = decoded(tree, num_steps, num_rows, PAGE)
+        expected = decoded(reference, num_steps, num_rows, PAGE)
         assert relative_error(actual, expected) <= TOLERANCE[dtype]
     other = unfused(PolicyReplica(tiny_model(family, seed=1, dtype=dtype, **overrides)).model)
     assert relative_error(actual, decoded(other, 3, 1)) > 0.5, "negative control: other weights"
@@ -83,7 +83,7 @@ def test_compiled_layers_give_what_their_modules_give(
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "qwen3", "mistral", "gemma3_text", "phi3", "olmo2", "smollm3", "gpt_neox", "granite", "qwen3_moe"],
+    ["mistral", "gemma3_text", "phi3", "olmo2", "gpt_neox", "granite", "qwen3_moe"],
 )
 def test_every_family_is_one_graph(family: str) -> None:
     """A break in the graph, or a name of an argument that one family has, would leave it to its modules."""
@@ -93,7 +93,7 @@ def test_every_family_is_one_graph(family: str) -> None:
         actual = decoded(tree, num_steps, page_size=PAGE)
         assert relative_error(actual, decoded(reference, num_steps, page_size=PAGE)) <= TOLERANCE[FP32]
     assert len(fused_forwards(tree)) == 2
-    assert num_compilations() == (2 if family in ("gemma3_text", "smollm3") else 1)
+    assert num_compilations() == (2 if family == "gemma3_text" else 1)
 
 
 def no_write(module: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
@@ -216,8 +216,9 @@ def test_projections_that_lie_next_to_each_other_are_one_product(no_kernels: Non
 
 
 def test_kinds_have_programs_of_their_own() -> None:
-    """torch gives a function up after eight variants: many models in one process must not share them."""
-    for _ in range(10):
-        tree = compiled(PolicyReplica(tiny_model("llama", num_hidden_layers=1)).model, traced)
-        decoded(tree, 1, 2)
-        assert len(fused_forwards(tree)) == 1
+    """torch gives a function up after some variants: many models in one process must not share them."""
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for _ in range(4):
+            tree = compiled(PolicyReplica(tiny_model("llama", num_hidden_layers=1)).model, traced)
+            decoded(tree, 1, 2)
+            assert len(fused_forwards(tree)) == 1

@@ -61,6 +61,7 @@ class ReplicaLinear(OpaqueLinear):
     """A Linear layer of the target replica: casts its input to the weight's dtype, as autocast would."""
 
     fused: FusedRows | None = None  # what a compiled layer multiplies by, once for all parts
+    computes_fused = False  # whether the module does so too, for its rounding
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -74,12 +75,10 @@ class ReplicaLinear(OpaqueLinear):
         return self.multiply if isinstance(self.multiply, PreparedLinear) else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() or isinstance(self.multiply, PreparedLinear):
-            return super().forward(x)
-        x = x.to(self.dtype)
-        if self.fused is None:
-            return F.linear(x, self.weight, self.bias)
-        return F.linear(x, self.fused.weight, self.fused.bias)[..., self.fused.rows]
+        compiling = torch.compiler.is_compiling() and not isinstance(self.multiply, PreparedLinear)
+        if self.fused is not None and (compiling or self.computes_fused):
+            return F.linear(x.to(self.dtype), self.fused.weight, self.fused.bias)[..., self.fused.rows]
+        return F.linear(x.to(self.dtype), self.weight, self.bias) if compiling else super().forward(x)
 
 
 class BitsAndBytesLinear(ReplicaLinear):
