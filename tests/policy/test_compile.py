@@ -126,6 +126,20 @@ def test_a_layer_that_computes_something_else_is_refused(program: Callable[..., 
     assert torch.equal(actual, decoded(unfused(replica.tree()), 2, page_size=PAGE)), "the step itself is the modules'"
 
 
+def test_results_that_are_rounded_later_are_refused() -> None:
+    """A compiler keeps fp32 between operations unless told not to: more exact, and not what the policy computes."""
+
+    from torch._inductor.compile_fx import compile_fx  # which warns
+
+    def late() -> Callable[..., Tensor]:
+        return compiling.compiled_program(lambda graph, inputs: compile_fx(graph, inputs))  # type: ignore[arg-type]
+
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 64, "num_attention_heads": 8}
+    tree = compiled(PolicyReplica(tiny_model("qwen2", dtype=BF16, **sizes)).model, late)
+    decoded(tree, 2, page_size=PAGE)
+    assert fused_layers(tree) == [] and num_compilations() == 1
+
+
 def test_layers_that_do_not_compile_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """One warning, and the samples of the modules."""
     warnings: list[str] = []
