@@ -2,8 +2,8 @@
 
 Decode steps use our kernels where these support the shapes. Elsewhere grouped query heads are packed into the query
 length of SDPA, so that no key is repeated in memory. transformers finds the function under `IMPLEMENTATION`. Each
-attention module holds the cache (`bind_cache`), because not every architecture passes keyword arguments through. A compiled
-layer gets its part of the cache as tensors, in the place of the mask, and calls one operator.
+attention module holds the cache (`bind_cache`), because not every architecture passes keyword arguments through. A
+compiled layer gets its part of the cache as tensors, in the place of the mask, and calls one operator.
 """
 
 from typing import Any, NamedTuple
