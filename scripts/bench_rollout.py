@@ -32,8 +32,8 @@ from bench.plot import plot
 from bench.vllm_engine import VllmEngine, check_vllm
 from bench.workload import LENGTH_PROFILES, PRESETS, Workload, load_model, make_workload
 
-from trl_selfspec.kernels.triton_support import errors
 from trl_selfspec.options import SelfSpecOptions
+from trl_selfspec.utils import failures_raised_as
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
@@ -149,9 +149,10 @@ class Bench:
     def add(self, name: str, make: Callable[[], Engine], warmup_tokens: int) -> None:
         """Builds an engine and warms it up."""
         try:
-            engine = make()
-            warm_up(name, engine, self.workload, warmup_tokens, self.seed, self.device)
-        except errors():
+            with failures_raised_as(RuntimeError):
+                engine = make()
+                warm_up(name, engine, self.workload, warmup_tokens, self.seed, self.device)
+        except RuntimeError:
             self._drop(name)
         else:
             self.engines[name], self.seconds[name], self.peak_bytes[name] = engine, [], 0
@@ -161,10 +162,10 @@ class Bench:
         for name, engine in list(self.engines.items()):
             try:
                 devices.reset_peak_memory(self.device)
-                with devices.Stopwatch(self.device) as watch:
+                with failures_raised_as(RuntimeError), devices.Stopwatch(self.device) as watch:
                     completion_ids = engine.rollout(self.workload, self.seed + number)
                 self.workload.check(completion_ids, name)
-            except errors():
+            except RuntimeError:
                 self._drop(name)
                 continue
             self.seconds[name].append(watch.seconds)

@@ -18,7 +18,7 @@ from trl_selfspec.drafter import linear_backends as backends
 from trl_selfspec.drafter.linear_backends import DequantizedPerCall, LinearBackend
 from trl_selfspec.drafter.quantized_linear import QuantizedLinear
 from trl_selfspec.drafter.quantized_weight import QTYPES
-from trl_selfspec.kernels.triton_support import errors
+from trl_selfspec.utils import failures_raised_as
 
 
 DTYPE = torch.bfloat16
@@ -96,10 +96,11 @@ def time_shape(n: int, k: int, rows: list[int], repeats: int, bytes_per_s: float
             if backend is not DequantizedPerCall and backend.supports(probe.quantized):
                 name = f"{qtype} {backend.name}"
                 try:
-                    layers = make_layers(n, k, qtype, backend, max(1, math.ceil(COLD_BYTES / num_bytes)))
-                    timed = microseconds([layer.forward for layer in layers], k, rows, repeats)
+                    with failures_raised_as(RuntimeError):
+                        layers = make_layers(n, k, qtype, backend, max(1, math.ceil(COLD_BYTES / num_bytes)))
+                        timed = microseconds([layer.forward for layer in layers], k, rows, repeats)
                     result[name] = {"floor": floor, **timed}
-                except errors():
+                except RuntimeError:
                     result[name] = _failed(f"{name} {n} x {k}")
                 layers = None  # before the next ones are made
         result[f"{qtype} chosen"] = probe.backend.name

@@ -183,7 +183,7 @@ def test_conversations_go_on_from_what_there_was_room_to_keep(
 
     monkeypatch.setattr(Rollout, "_preempt", watched)
     expected, _ = converse(reference_engine(model), config(law), keep=False)
-    for num_pages in (26, 40, 80):
+    for num_pages in (28, 40, 80):
         engine = shared_engine(model)
         give_pages(monkeypatch, engine, num_pages)
         actual, stats = converse(engine, config(law), keep=True)

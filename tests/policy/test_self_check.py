@@ -69,7 +69,7 @@ def tampered_attention(tamper: Callable[[dict[str, Any]], object]) -> Iterator[N
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, IMPLEMENTATION, attention)
-        patch.setattr(replica, "computing_the_same", lambda *args: [])
+        patch.setattr(replica, "fuse_layers", lambda *args: None)
         yield
 
 

@@ -19,7 +19,7 @@ from trl_selfspec.kernels import triton_support as gpu
 from trl_selfspec.policy.fused_layers import joinable_projections
 from trl_selfspec.policy.peft_weights import find_module, frozen_state
 from trl_selfspec.policy.replica import PolicyReplica, ReplicaLinear
-from trl_selfspec.utils import Clock
+from trl_selfspec.utils import Clock, failures_raised_as
 
 
 TIMED_CALLS = 3  # the first one imports quanto
@@ -72,13 +72,11 @@ class DrafterManager:
         clock = Clock(self.replica.embeddings.device)
         clock.mark()
         try:
-            self._update()
-        # The one broad except of this folder. What is built here is any model's own code with other layers in it,
-        # quantized by quanto, compiled by Triton or humming: their errors share no class. Whatever they raise must
-        # not end a training run that plain rounds can go on with; it is told in a warning and stays the cause.
-        except Exception as error:
+            with failures_raised_as(DraftError):
+                self._update()
+        except DraftError:
             self.module = self.version = None
-            raise DraftError(f"{type(error).__name__}: {error}") from error
+            raise
         clock.mark()
         return clock.laps()[0], was_there
 

@@ -19,7 +19,7 @@ from trl_selfspec.kv_cache.attention import bind_cache
 from trl_selfspec.kv_cache.paged_cache import PagedCache
 from trl_selfspec.sampling.logits_processing import BatchedLogitsProcessor
 from trl_selfspec.sampling.samplers import Sampler, VerifyResult, token_logprobs
-from trl_selfspec.utils import Clock
+from trl_selfspec.utils import Clock, failures_raised_as
 
 
 class RoundResult(NamedTuple):
@@ -122,13 +122,12 @@ class ModelRunner:
         clock = self._clock()
         drafts = Program("draft", num_rows, num_slots)
         try:
-            for _ in range(gamma):
-                self.graphs.run(drafts, self._draft)
-        except CaptureError:  # the user asked for graphs or an error
-            raise
-        except Exception as error:  # any model's own code on quantized layers, kernels, memory
+            with failures_raised_as(DraftError, passing=CaptureError):  # the user asked for graphs or an error
+                for _ in range(gamma):
+                    self.graphs.run(drafts, self._draft)
+        except DraftError:
             self.state.forget_drafts()
-            raise DraftError(f"{type(error).__name__}: {error}") from error
+            raise
         clock.mark()
         return self._finish(Program("verify", num_rows, num_slots, gamma), self._verify, clock)
 

@@ -2,10 +2,11 @@
 
 import functools
 import logging
-import subprocess
 from importlib.util import find_spec
 
 import torch
+
+from trl_selfspec.utils import failures_raised_as
 
 
 logger = logging.getLogger(__name__)
@@ -24,23 +25,18 @@ def runs_triton(device: torch.device) -> bool:
     return _launches(device)
 
 
-def errors() -> tuple[type[Exception], ...]:
-    """What a kernel raises where it cannot be compiled or launched, a third party's among them."""
-    raised = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ImportError, OSError)
-    if find_spec("triton") is None:
-        return raised
-    from triton.errors import TritonError
-
-    return (*raised, subprocess.SubprocessError, TritonError)
+class LaunchError(RuntimeError):
+    """Triton can't compile or launch a kernel here."""
 
 
 def _launches(device: torch.device) -> bool:
     """Triton builds its launcher with the system's C compiler and Python's headers, which slim images lack."""
-    from trl_selfspec.kernels.triton.launch import works
-
     try:
-        return works(device)
-    except errors() as error:
+        with failures_raised_as(LaunchError):
+            from trl_selfspec.kernels.triton.launch import works
+
+            return works(device)
+    except LaunchError as error:
         logger.warning(
             "trl_selfspec: Triton can't launch a kernel here, so rollouts run on torch's slower ones. It needs a C "
             "compiler and Python's headers (gcc, python3-dev): %s",

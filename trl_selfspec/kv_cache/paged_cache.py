@@ -259,7 +259,8 @@ class PagedCache(Cache):
     def rearrange(self, sources: Mapping[int, tuple[int, int]]) -> None:
         """Makes row t a copy of the first n slots of row s, for all `{t: (s, n)}` at once. Frees what t held.
 
-        A source may be a target too. n = 0 empties the row. Full pages are shared, not copied.
+        A source may be a target too. n = 0 empties the row, and n beyond its pages is all that it holds: a row that
+        was just admitted may have none yet. Full pages are shared, not copied.
         """
         if self.dense:
             pairs = [(source + 1, row + 1) for row, (source, n) in sources.items() if n and row != source]
@@ -273,7 +274,9 @@ class PagedCache(Cache):
             self._pages[row] = pages
         copies = []
         for row, pages in taken.items():
-            if sources[row][1] % self.page_size and self._owners[pages[-1]] > 1:  # others write to it, or read on
+            if (
+                pages and sources[row][1] % self.page_size and self._owners[pages[-1]] > 1
+            ):  # others write to it, or read on
                 copies.append((pages[-1], self._free.pop()))
                 self._owners[pages[-1]] -= 1
                 pages[-1] = copies[-1][1]
