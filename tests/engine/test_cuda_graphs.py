@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import pairwise
 from recorded_graph import record
 from tiny_models import Schedule, built_once, force_page_size, ragged_prompts, scale_weights, spoil, tiny_model
 from transformers import GenerationConfig, PreTrainedModel
@@ -61,9 +62,7 @@ def same(left: RolloutOutput, right: RolloutOutput) -> bool:
     )
 
 
-@pytest.mark.parametrize("verification", ["rejection", "coupled"])
-@pytest.mark.parametrize("law", [GREEDY, SAMPLING, PROCESSED], ids=["greedy", "sampling", "processed"])
-@pytest.mark.parametrize("max_batch_size", [None, 3])
+@pairwise(verification=["rejection", "coupled"], law=[GREEDY, SAMPLING, PROCESSED], max_batch_size=[None, 3])
 def test_captured_rounds_equal_eager_ones(
     model: PreTrainedModel, verification: str, law: dict[str, Any], max_batch_size: int | None
 ):

@@ -1,4 +1,4 @@
-"""Whole rollouts on a GPU: captured rounds, our kernels, bf16. Elsewhere recordings and twins hold these laws."""
+"""Whole rollouts on a GPU: captured rounds, our kernels, bf16. Elsewhere recordings and references hold these laws."""
 
 from collections.abc import Callable
 from typing import Any

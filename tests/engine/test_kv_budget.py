@@ -86,9 +86,9 @@ def compare(
     [
         (GREEDY, "rejection", 0),
         (GREEDY, "rejection", 3),
-        (SAMPLED, "rejection", 0),
+        pytest.param(SAMPLED, "rejection", 0, marks=pytest.mark.slow),
         (SAMPLED, "rejection", 3),
-        (PROCESSED, "rejection", 3),
+        pytest.param(PROCESSED, "rejection", 3, marks=pytest.mark.slow),
         (PROCESSED, "coupled", 3),
     ],
 )

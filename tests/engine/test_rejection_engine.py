@@ -51,6 +51,8 @@ PARAMETERS: list[dict[str, Any]] = [
     {"temperature": 0.8, "top_k": 6, "top_p": 0.9, "min_p": 0.02},
     {"temperature": 1.4, "top_p": 0.85, "repetition_penalty": 1.8, "min_new_tokens": 3},
 ]
+# Processors of other kinds than these run under `slow`: what they do to logits has tests of its own.
+TYPICAL = ("temperature=0.6", "top_k", "top_p", "repetition_penalty=2.0", "min_new_tokens", "bad_words_ids", "none")
 COMBINED = {"temperature": 0.6, "top_p": 0.97, "repetition_penalty": 2.0}
 SCHEDULES = [(1,), (3,), (7,), (2, 0, 1), (0, 3), (0,)]
 CASES = len(PARAMETERS) + len(SCHEDULES) + 2
@@ -59,6 +61,10 @@ THRESHOLD = FALSE_ALARM / CASES  # Bonferroni over everything this module sample
 
 def name_of(parameters: dict[str, Any]) -> str:
     return ",".join(f"{name}={value}" for name, value in parameters.items()) or "none"
+
+
+def is_typical(parameters: dict[str, Any]) -> bool:
+    return len(parameters) > 1 or name_of(parameters).startswith(TYPICAL)
 
 
 def sampling_config(parameters: dict[str, Any]) -> GenerationConfig:
@@ -122,7 +128,13 @@ def sampled(engine: SelfSpecEngine, parameters: dict[str, Any], rows: int = ROWS
     return joint_counts(outcomes, VOCAB + 1), output
 
 
-@pytest.mark.parametrize("parameters", PARAMETERS, ids=name_of)
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        pytest.param(parameters, id=name_of(parameters), marks=() if is_typical(parameters) else pytest.mark.slow)
+        for parameters in PARAMETERS
+    ],
+)
 def test_samples_follow_the_policys_law(model: PreTrainedModel, parameters: dict[str, Any]) -> None:
     """Prevents a parameter that reaches the target but not the draft, or reads another position's history.
 

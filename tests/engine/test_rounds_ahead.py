@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import pairwise
 from simulated_machine import LOSING, Machine
 from tiny_models import Schedule, built_once, force_page_size, ragged_prompts, spoil, tiny_model
 from transformers import GenerationConfig, PreTrainedModel
@@ -70,10 +71,7 @@ def same(left: list[RolloutOutput], right: list[RolloutOutput]) -> bool:
     )
 
 
-@pytest.mark.parametrize("page_size", [None, 4], ids=["dense", "pages"])
-@pytest.mark.parametrize("schedule", [(0,), (3,)], ids=["plain", "speculative"])
-@pytest.mark.parametrize("law", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
-@pytest.mark.parametrize("max_batch_size", [None, 3])
+@pairwise(page_size=[None, 4], schedule=[(0,), (3,)], law=[GREEDY, SAMPLING], max_batch_size=[None, 3])
 def test_rounds_ahead_change_no_token(
     model: PreTrainedModel,
     monkeypatch: pytest.MonkeyPatch,

@@ -1,4 +1,4 @@
-"""The decode-attention kernel against its eager twin, SDPA over the same cache."""
+"""The decode-attention kernel against its eager reference, SDPA over the same cache."""
 
 import copy
 from types import SimpleNamespace
@@ -75,15 +75,18 @@ def forward(
 
 def both_paths(spy: Spy, cache: PagedCache, *args: object, **kwargs: float | None) -> tuple[Tensor, Tensor]:
     """The kernel's result and SDPA's; both must leave the same keys and values behind."""
-    twin = copy.deepcopy(cache)
+    reference = copy.deepcopy(cache)
     before = spy.calls
     fast = forward(cache, *args, **kwargs)  # type: ignore[arg-type]
     assert spy.calls == before + 1, "the fast path did not run"
     spy.allowed = False
-    slow = forward(twin, *args, **kwargs)  # type: ignore[arg-type]
+    slow = forward(reference, *args, **kwargs)  # type: ignore[arg-type]
     spy.allowed = True
     assert spy.calls == before + 1
-    for ours, theirs in ((cache.layers[0].keys, twin.layers[0].keys), (cache.layers[0].values, twin.layers[0].values)):
+    for ours, theirs in (
+        (cache.layers[0].keys, reference.layers[0].keys),
+        (cache.layers[0].values, reference.layers[0].values),
+    ):
         assert torch.equal(ours, theirs)
     return fast, slow
 

@@ -1,4 +1,4 @@
-"""The CPU kernels against their eager twins, and what happens where they can't be built."""
+"""The CPU kernels against their eager references, and what happens where they can't be built."""
 
 import itertools
 import logging
@@ -76,7 +76,7 @@ def within(y: Tensor, exact: Tensor, magnitude: Tensor) -> bool:
     bias_dtype=[None, BF16, FP32],
     dtype=[BF16, FP32],
 )
-def test_dense_kernel_equals_its_twin(
+def test_dense_kernel_equals_its_reference(
     m: int, shape: tuple[int, int], scale: float, bias_dtype: torch.dtype | None, dtype: torch.dtype
 ):
     """Catches wrong tails, tiles and biases."""
@@ -101,7 +101,7 @@ def test_dense_kernel_equals_its_twin(
     shape=[(130, 896, 128), (7, 100, 128), (31, 960, 96), (17, 576, 64), (5, 96, 32), (33, 20, 32), (2, 1000, 128)],
     scale=[1e-3, 1.0, 1e3],
 )
-def test_int4_kernel_equals_its_twin(dtype: torch.dtype, m: int, shape: tuple[int, int, int], scale: float):
+def test_int4_kernel_equals_its_reference(dtype: torch.dtype, m: int, shape: tuple[int, int, int], scale: float):
     """Catches wrong nibbles, groups, tails and zero points. Negative control: the sign of the shift."""
     n, k, group_size = shape
     torch.manual_seed(m * n * k)
@@ -272,7 +272,9 @@ def test_pairs_of_bf16_are_multiplied_as_the_instruction_does(monkeypatch):
     assert results == [2.0**-109, 0.0]
 
 
-@pytest.mark.parametrize("target", ["cooperlake", "sapphirerapids", "znver4"])
+@pytest.mark.parametrize(
+    "target", ["cooperlake", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sapphirerapids", "znver4"))]
+)
 def test_avx512_compiles(target: str, tmp_path):
     """The CPUs that run it, and whether they do, this compiler can tell without being one of them."""
     compiler = shutil.which("cc")
@@ -311,6 +313,7 @@ def test_without_kernels_there_is_one_warning_and_torch_is_used(
     assert len(caplog.records) == 1
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_processes_that_build_at_once_do_not_race(monkeypatch, tmp_path):
     """Every rank of a fresh machine compiles at the same moment: each must end with a whole library."""

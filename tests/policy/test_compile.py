@@ -83,7 +83,12 @@ def test_compiled_layers_give_what_their_modules_give(
 
 @pytest.mark.parametrize(
     "family",
-    ["mistral", "gemma3_text", "phi3", "olmo2", "gpt_neox", "granite", "qwen3_moe"],
+    [
+        "mistral",
+        "gemma3_text",
+        "gpt_neox",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("phi3", "olmo2", "granite", "qwen3_moe")),
+    ],
 )
 def test_every_family_is_one_graph(family: str) -> None:
     """A break in the graph, or a name of an argument that one family has, would leave it to its modules."""

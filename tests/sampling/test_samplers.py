@@ -81,6 +81,7 @@ def a_round(sampler: Sampler, num_rows: int, gamma: int, vocab_size: int) -> lis
     return [*results, result.num_accepted, result.tokens[kept], result.logprobs[kept]]
 
 
+@pytest.mark.slow
 @inductor
 @torch.no_grad()
 def test_compiled_functions_draw_the_eager_tokens(monkeypatch: pytest.MonkeyPatch, compiled: list[Any]) -> None:

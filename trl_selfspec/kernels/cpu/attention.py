@@ -1,4 +1,4 @@
-"""Attention over dense rows of keys and values, in the same call that writes the new ones. Its eager twin is SDPA."""
+"""Attention over dense rows of keys and values, in the call that writes the new ones. Its eager reference is SDPA."""
 
 import struct
 

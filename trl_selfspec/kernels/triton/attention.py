@@ -1,4 +1,4 @@
-"""Decode attention over the pages of the cache, in Triton. Its eager twin is SDPA over gathered pages.
+"""Decode attention over the pages of the cache, in Triton. Its eager reference is SDPA over gathered pages.
 
 The slots of a row are cut into splits, at the same places in every row and batch. A program takes one split
 of one key head and the queries of that head's group, all their steps, as one tile: keys and values are read once, in
