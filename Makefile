@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c const
 .PHONY: help env demo test test-all test-gpu quality bench bench-gpu clean
 
 help:
-	@echo "make demo      train a small policy with GRPO in three modes, about 10 minutes on 2 cores"
+	@echo "make demo      train a small policy with GRPO in three modes, 10 to 20 minutes on 2 cores"
 	@echo "make test      the test suite without what is slow and repeats a law"
 	@echo "make test-all  the test suite"
 	@echo "make test-gpu  the tests that need a CUDA device"
