@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 from trl_runs import ALWAYS_SPECULATE, PROMPTS, Recorder, make_dataset, make_model, make_trainer, train
 
 from trl_selfspec import SelfSpecEngine, SelfSpecGRPOTrainer
-from trl_selfspec.policy.replica import PolicyReplica, UnsupportedModelError
+from trl_selfspec.policy.refusals import UnsupportedModelError
+from trl_selfspec.policy.replica import PolicyReplica
 from trl_selfspec.policy.sharding import fingerprint, gathered, gathered_partitions
 from trl_selfspec.trainer import engine_sync
 from trl_selfspec.trainer.engine_sync import autocast_dtype, fsdp_param_dtype

@@ -14,8 +14,9 @@ from transformers import GenerationConfig
 from trl_selfspec.drafter.drafter import make_drafter, requantize
 from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.policy import replica as replica
-from trl_selfspec.policy.replica import PolicyReplica, UnsupportedModelError
+from trl_selfspec.policy import replica
+from trl_selfspec.policy.refusals import UnsupportedModelError
+from trl_selfspec.policy.replica import PolicyReplica
 
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, which quantizes the base")

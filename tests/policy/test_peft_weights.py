@@ -15,7 +15,8 @@ from trl_runs import ALWAYS_SPECULATE, FP32_LOGP_TOLERANCE, make_trainer, train,
 
 from trl_selfspec.policy import peft_weights as adapters
 from trl_selfspec.policy import replica as replicas
-from trl_selfspec.policy.replica import PolicyReplica, UnsupportedModelError
+from trl_selfspec.policy.refusals import UnsupportedModelError
+from trl_selfspec.policy.replica import PolicyReplica
 
 
 FP32_TOLERANCE = 1e-4  # a merged layer sums in another order; logits are of size 5

@@ -15,8 +15,8 @@ from trl_selfspec.drafter.quantized_linear import QuantizedLinear
 from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.kernels.cpu import build
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.policy import replica as replica
-from trl_selfspec.policy.replica import UnsupportedModelError
+from trl_selfspec.policy import replica
+from trl_selfspec.policy.refusals import UnsupportedModelError
 
 
 PROMPTS = ragged_prompts([1, 20, 2, 5, 9, 14, 1, 9])

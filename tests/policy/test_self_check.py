@@ -17,9 +17,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trl_selfspec import SelfSpecEngine, SelfSpecOptions
 from trl_selfspec.kv_cache.attention import IMPLEMENTATION, selfspec_attention
-from trl_selfspec.policy import replica as replica
+from trl_selfspec.policy import refusals, replica
 from trl_selfspec.policy import self_check as selfcheck
-from trl_selfspec.policy.replica import PolicyReplica, UnsupportedModelError
+from trl_selfspec.policy.refusals import UnsupportedModelError
+from trl_selfspec.policy.replica import PolicyReplica
 from trl_selfspec.policy.self_check import Calibration, self_check
 
 
@@ -255,7 +256,7 @@ def test_other_accelerators_are_refused_by_name(device: str) -> None:
     """They have no float64, which the random numbers need; a TypeError in the first round says nothing of that."""
     parameter = SimpleNamespace(device=SimpleNamespace(type=device))
     with pytest.raises(UnsupportedModelError, match=f"on {device}"):
-        replica._refuse_device(SimpleNamespace(parameters=lambda: [parameter], modules=list))  # type: ignore[arg-type]
+        refusals._refuse_device(SimpleNamespace(parameters=lambda: [parameter], modules=list))  # type: ignore[arg-type]
 
 
 def test_the_statistic_does_not_grow_with_the_vocabulary() -> None:

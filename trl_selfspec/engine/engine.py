@@ -27,7 +27,8 @@ from trl_selfspec.engine.scheduler import Scheduler
 from trl_selfspec.kv_cache.attention import bind_cache
 from trl_selfspec.kv_cache.prefix_cache import PrefixCache
 from trl_selfspec.options import SelfSpecOptions
-from trl_selfspec.policy.replica import LayoutChangedError, PolicyReplica, UnsupportedModelError
+from trl_selfspec.policy.refusals import UnsupportedModelError
+from trl_selfspec.policy.replica import LayoutChangedError, PolicyReplica
 from trl_selfspec.policy.self_check import self_check
 from trl_selfspec.sampling.logits_processing import BatchedLogitsProcessor, effective_generation_config
 from trl_selfspec.sampling.samplers import CoupledSampler, GreedySampler, RejectionSampler, Sampler

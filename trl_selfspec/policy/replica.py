@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from trl_selfspec.kernels import OpaqueLinear, PreparedLinear, fast_norm, prepare_linear
 from trl_selfspec.kernels import triton_support as gpu
@@ -29,20 +29,12 @@ from trl_selfspec.policy.peft_weights import (
     is_quantized,
     is_sharded,
 )
+from trl_selfspec.policy.refusals import USE_TRL, UnsupportedModelError, refuse_unsupported
 from trl_selfspec.policy.sharding import fingerprint, gathered_partitions
 from trl_selfspec.utils import failures_raised_as
 
 
-# transformers recomputes the frequencies of these for the longest row of the batch: a row would see its neighbours.
-BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
-# Layers of transformers' cache that hold keys and values alone, or nothing.
-KEYS_AND_VALUES = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
-USE_TRL = "use TRL's own generation (`use_selfspec=False`)."
 WINDOWS = ("sliding_window", "attention_chunk_size")  # a config's names for how far back a layer sees
-
-
-class UnsupportedModelError(ValueError):
-    """The engine can't run this model faithfully; the message names the reason."""
 
 
 class LayoutChangedError(RuntimeError):
@@ -118,11 +110,7 @@ class PolicyReplica:
         self._aliases: list[tuple[nn.Parameter, Callable[[], Tensor]]] = []
         self._layouts: dict[tuple[str, str], tuple[object, ...]] = {}  # of the policy's tensors at construction
         self._state = self._policy_state()
-        _refuse_device(self.base)
-        _refuse_other_state(self.base)
-        _refuse_chunked_attention(self.base)
-        _refuse_batch_dependent_rope(self.base)
-        _refuse_uncapped_attention(self.base)
+        refuse_unsupported(self.base)
         name = type(self.base).__name__
         with failures_raised_as(UnsupportedModelError, f"{name} can't be built from its config, on the meta device: "):
             self.model = _meta_tree(self.base, IMPLEMENTATION)
@@ -312,66 +300,6 @@ class PolicyReplica:
 def _layout(tensor: Tensor) -> tuple[object, ...]:
     """The properties of a tensor that aliases and copies rely on; a merged weight has a new address each time."""
     return tensor.shape, tensor.dtype, tensor.device, tensor.is_contiguous()
-
-
-def _refuse_device(base: PreTrainedModel) -> None:
-    devices = {parameter.device.type for parameter in base.parameters() if not hasattr(parameter, "ds_id")}
-    if "meta" in devices and any(hasattr(module, "_hf_hook") for module in base.modules()):
-        raise UnsupportedModelError(
-            "accelerate keeps weights of the policy off its device (`cpu_offload`, `device_map`); load the whole "
-            "model on one device."
-        )
-    if others := devices - {"cpu", "cuda", "meta"}:
-        raise UnsupportedModelError(
-            f"the policy is on {', '.join(sorted(others))}, and the engine runs on CPU and CUDA."
-        )
-
-
-def _refuse_other_state(base: PreTrainedModel) -> None:
-    """Refuses layers that keep more than keys and values, by the class of their entry in transformers' own cache."""
-    config = base.config.get_text_config(decoder=True)
-    try:
-        layers = DynamicCache(config=config).layers
-    except (KeyError, AttributeError, ValueError):  # unknown to transformers' cache: the self-check decides
-        layers = []
-    names = [type(layer).__name__ for layer in layers]
-    types = getattr(config, "layer_types", None) or [f"number {index}" for index in range(len(names))]
-    other = dict.fromkeys(
-        f"`{kind}` (`{name}`)" for kind, name in zip(types, names, strict=False) if name not in KEYS_AND_VALUES
-    )
-    if other or getattr(base, "_is_stateful", False):
-        where = f"in layers of type {', '.join(other)}, " if other else ""
-        raise UnsupportedModelError(
-            f"{type(base).__name__} keeps more than keys and values, such as a recurrent state, {where}"
-            f"which the engine does not run yet; {USE_TRL}"
-        )
-
-
-def _refuse_chunked_attention(base: PreTrainedModel) -> None:
-    if "chunked_attention" in (getattr(base.config.get_text_config(decoder=True), "layer_types", None) or ()):
-        raise UnsupportedModelError(
-            f"{type(base).__name__} attends within chunks of its context, which the engine does not run yet; {USE_TRL}"
-        )
-
-
-def _refuse_batch_dependent_rope(base: PreTrainedModel) -> None:
-    rope = getattr(base.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    for parameters in (rope, *(nested for nested in rope.values() if isinstance(nested, dict))):  # by layer type
-        if parameters.get("rope_type") in BATCH_DEPENDENT_ROPE:
-            raise UnsupportedModelError(
-                f"rotary scaling `{parameters['rope_type']}` depends on the longest row of the batch, so samples "
-                f"would too; {USE_TRL}"
-            )
-
-
-def _refuse_uncapped_attention(base: PreTrainedModel) -> None:
-    """transformers before 5.21 gives models with a soft-cap torch's SDPA by default, which leaves the cap out."""
-    config = base.config.get_text_config(decoder=True)
-    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
-        raise UnsupportedModelError(
-            "with `attn_implementation='sdpa'` training leaves out the soft-cap of this model's attention, so samples "
-            "would follow another distribution; load it with `attn_implementation='eager'`."
-        )
 
 
 def _meta_tree(base: PreTrainedModel, attention: str, window: int | None = None) -> PreTrainedModel:

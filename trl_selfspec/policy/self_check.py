@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from trl_selfspec.kv_cache.attention import bind_cache
 from trl_selfspec.kv_cache.paged_cache import PagedCache
-from trl_selfspec.policy.replica import USE_TRL, PolicyReplica, UnsupportedModelError
+from trl_selfspec.policy.refusals import USE_TRL, UnsupportedModelError
+from trl_selfspec.policy.replica import PolicyReplica
 from trl_selfspec.utils import failures_raised_as
 
 
