@@ -186,7 +186,7 @@ def main() -> None:
 
     policy_dir = arithmetic.tiny_policy_dir()
     if not policy_dir.exists():
-        console.print("Training the policy (once, under 3 minutes) ...")
+        console.print("Training the policy (once, 3 to 8 minutes) ...")
         said = run([sys.executable, "scripts/make_tiny_policy.py"], output_dir / "policy.log")
         console.print("\n".join(said.strip().splitlines()[-5:]))
     results: dict[str, Any] = {"policy_s": time.monotonic() - start, "modes": {}}

@@ -1,4 +1,4 @@
-"""Train the embedded default's policy: a small causal LM that multiplies step by step, in under 3 minutes on 2 cores.
+"""Train the embedded default's policy: a small causal LM that multiplies step by step, in 3 to 8 minutes on 2 cores.
 
     python scripts/make_tiny_policy.py [--size 3m] [--output DIR] [--force]
 
