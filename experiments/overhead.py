@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from trl import GRPOTrainer
 
-from trl_selfspec.drafter.drafter import DrafterManager
+from trl_selfspec.drafter.quantized_drafter import QuantizedDrafter
 from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.trainer.metrics import RolloutBar
 from trl_selfspec.trainer.mixin import SelfSpecMixin
@@ -38,7 +38,7 @@ ENGINE = (
     (SelfSpecEngine, "generate", "rollout"),
     (SelfSpecEngine, "release", "rollout"),
     (SelfSpecEngine, "refresh", "refresh"),
-    (DrafterManager, "prepare", "refresh"),
+    (QuantizedDrafter, "prepare", "refresh"),
 )
 
 

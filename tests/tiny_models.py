@@ -5,15 +5,15 @@ enough that rows wander through the vocabulary.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from trl_selfspec.control.controller import Controller
-from trl_selfspec.drafter.drafter import make_drafter, quantized_layers
+from trl_selfspec.control.controller import PLAIN, Choice, Controller
+from trl_selfspec.drafter.quantized_drafter import QuantizedDrafter, make_drafter, quantized_layers
 from trl_selfspec.engine import kv_budget
 from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
@@ -124,7 +124,15 @@ def spoil(engine: SelfSpecEngine, noise: float, seed: int = 0) -> None:
         weight = replica.model.get_submodule(name).weight
         error = torch.randn(weight.shape, generator=generator).to(weight)
         module.requantize_(weight + noise * weight.std() * error)
-    engine.drafter.module, engine.drafter.version = drafter, engine.drafter.wanted_version
+    quantized = quantized_drafter(engine)
+    quantized.module, quantized.version = drafter, quantized.wanted_version
+
+
+def quantized_drafter(engine: SelfSpecEngine) -> QuantizedDrafter:
+    """The drafter of the engine's own choice of a type."""
+    drafter = engine.drafters[engine.draft_qtype]
+    assert isinstance(drafter, QuantizedDrafter)
+    return drafter
 
 
 def force_page_size(monkeypatch: pytest.MonkeyPatch, page_size: int | None) -> None:
@@ -133,33 +141,44 @@ def force_page_size(monkeypatch: pytest.MonkeyPatch, page_size: int | None) -> N
 
 
 class Schedule(Controller):
-    """A controller that plays a fixed list of draft lengths over and over."""
+    """A controller that plays a fixed list of draft lengths over and over.
 
-    def __init__(self, *draft_lengths: int) -> None:
-        self.draft_lengths, self.rounds = draft_lengths, 0
-        super().__init__(num_speculative_tokens=0)  # measures nothing
+    Args:
+        drafters: names, by draft; played over and over too. None: the first one of the engine.
+    """
 
-    def begin_rollout(self, drafter_is_current: bool = False) -> None:
-        self.rounds, self.disabled = 0, False
+    def __init__(self, *draft_lengths: int, drafters: Sequence[str] = ()) -> None:
+        self.draft_lengths, self.drafters, self.rounds, self.drafts = draft_lengths, drafters, 0, 0
+        super().__init__([], num_speculative_tokens=0)  # measures nothing
 
-    def choose(self, rows: int) -> int:
+    def begin_rollout(self, ready: Collection[str] = (), contexts: Mapping[str, str] | None = None) -> None:
+        self.rounds = self.drafts = 0
+        self.names = list(self.drafters or list(contexts or ())[:1])
+        self.given_up: dict[str, str] = {}
+
+    def choose(self, rows: int) -> Choice:
         self.rounds += 1
-        return 0 if self.disabled else self.draft_lengths[(self.rounds - 1) % len(self.draft_lengths)]
+        gamma = self.draft_lengths[(self.rounds - 1) % len(self.draft_lengths)]
+        if not (gamma and self.names):
+            return PLAIN
+        self.drafts += 1
+        return Choice(gamma, self.names[(self.drafts - 1) % len(self.names)])
 
-    def disable(self, reason: str) -> None:
-        self.disabled = True
+    def disable(self, drafter: str, reason: str) -> None:
+        self.names = [name for name in self.names if name != drafter]
 
-    give_up = disable
+    def give_up(self, drafter: str, reason: str) -> None:
+        self.disable(drafter, reason)
 
     def usual_plain_seconds(self, rows: int) -> None:
         return None
 
-    def pass_over(self, rows: int = 0, gamma: int = 0, seconds: float = 0.0) -> None: ...
+    def pass_over(self, rows: int = 0, choice: Choice = PLAIN, seconds: float = 0.0) -> None: ...
 
     def observe_plain(self, rows: int, seconds: float) -> None: ...
 
     def observe_speculative(
-        self, rows: int, gamma: int, draft_s: float, verify_s: float, accepted: Any, examined: Any
+        self, rows: int, choice: Choice, draft_s: float, verify_s: float, accepted: Any, examined: Any
     ) -> None: ...
 
-    def observe_requantize(self, seconds: float, typical: bool = True) -> None: ...
+    def observe_preparing(self, drafter: str, seconds: float, typical: bool = True) -> None: ...

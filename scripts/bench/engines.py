@@ -15,7 +15,7 @@ from bench.device import Stopwatch
 from bench.vllm_engine import VllmEngine
 from bench.workload import Workload
 from trl_selfspec.control.stats import RolloutStats
-from trl_selfspec.drafter.drafter import requantize
+from trl_selfspec.drafter.quantized_drafter import requantize
 from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.sampling.samplers import RejectionSampler, VerifyResult
@@ -185,7 +185,7 @@ class OwnEngine:
 
     def requantize_s(self, repeats: int = 3) -> list[float]:
         """Seconds of quantizing all weights into the drafter that is there; empty where nothing was ever drafted."""
-        if (drafter := self.engine.drafter.module) is None:
+        if (drafter := self.engine.drafters[self.engine.draft_qtype].module) is None:
             return []
         self.model.requires_grad_(True)  # frozen weights are not quantized again
         seconds = []

@@ -11,7 +11,7 @@ from tiny_models import ragged_prompts, tiny_model
 from torch import nn
 from transformers import GenerationConfig
 
-from trl_selfspec.drafter.drafter import make_drafter, requantize
+from trl_selfspec.drafter.quantized_drafter import make_drafter, requantize
 from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.policy import replica

@@ -10,14 +10,14 @@ from torch.nn import functional as F
 from transformers import GenerationConfig
 from triton_cases import DEVICE, forced
 
-from trl_selfspec.drafter.drafter import (
+from trl_selfspec.drafter.linear_backends import TritonInt4
+from trl_selfspec.drafter.quantized_drafter import (
     QuantizedRows,
     drafter_bytes,
     make_drafter,
     quantized_layers,
     requantize,
 )
-from trl_selfspec.drafter.linear_backends import TritonInt4
 from trl_selfspec.drafter.quantized_linear import QuantizedLinear
 from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.kernels import triton_support as gpu

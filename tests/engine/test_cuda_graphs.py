@@ -106,8 +106,8 @@ def test_weights_that_move_are_followed():
 
 
 def a_seed_that_moves(engine: SelfSpecEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    seed = engine._sampling.seed  # type: ignore[union-attr]
-    engine._sampling.seed = seed.clone()  # type: ignore[union-attr]
+    seed = engine._sampler.seed
+    engine._sampler.seed = seed.clone()
 
 
 def weights_followed_without_notice(engine: SelfSpecEngine, monkeypatch: pytest.MonkeyPatch) -> None:

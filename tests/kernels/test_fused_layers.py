@@ -9,7 +9,7 @@ from tiny_models import tiny_model
 from torch import Tensor, nn
 
 from trl_selfspec import kernels
-from trl_selfspec.drafter.drafter import make_drafter, requantize
+from trl_selfspec.drafter.quantized_drafter import make_drafter, requantize
 from trl_selfspec.kernels.cpu import machine
 from trl_selfspec.kernels.cpu.layer import MAX_TOKENS
 from trl_selfspec.kv_cache.attention import bind_cache

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from trl_selfspec.drafter.drafter import make_drafter, requantize
+from trl_selfspec.drafter.quantized_drafter import make_drafter, requantize
 from trl_selfspec.kernels.cpu import build
 from trl_selfspec.policy import compile as compiling
 from trl_selfspec.policy.fused_layers import fuse_layers, fused_layers

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import FAMILIES, ragged_prompts, scale_weights, tiny_model
+from tiny_models import FAMILIES, quantized_drafter, ragged_prompts, scale_weights, tiny_model
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -40,7 +40,7 @@ def addresses(tree: nn.Module) -> dict[str, int]:
 
 
 def codes(engine: SelfSpecEngine) -> list[Tensor]:
-    layers = [module for module in engine.drafter.module.modules() if isinstance(module, QuantizedLinear)]
+    layers = [module for module in quantized_drafter(engine).module.modules() if isinstance(module, QuantizedLinear)]
     return [buffer.clone() for layer in layers for buffer in layer.buffers()]
 
 
@@ -93,7 +93,7 @@ def test_a_refresh_moves_no_storage(autocast_dtype: torch.dtype | None) -> None:
     model = tiny_model("llama")
     engine = make_engine(model, autocast_dtype)
     outputs(engine)
-    trees = (model, engine._replica.model, engine.drafter.module)
+    trees = (model, engine._replica.model, quantized_drafter(engine).module)
     before = [addresses(tree) for tree in trees]
     scale_weights(model, seed=7)
     engine.refresh()
@@ -109,7 +109,9 @@ def test_weights_are_shared_where_they_may_be() -> None:
     policy = addresses(model)
     parameters = {name: p.data_ptr() for name, p in engine._replica.model.named_parameters(remove_duplicate=False)}
     assert parameters == {name: policy[name] for name in parameters}
-    shared = {name: p.data_ptr() for name, p in engine.drafter.module.named_parameters(remove_duplicate=False)}
+    shared = {
+        name: p.data_ptr() for name, p in quantized_drafter(engine).module.named_parameters(remove_duplicate=False)
+    }
     assert shared == {name: policy[name] for name in shared}
     assert any("embed_tokens" in name for name in shared)
 
@@ -164,7 +166,7 @@ def test_a_rollout_without_drafts_pays_for_none() -> None:
     """Prevents quantizing, and the drafter's memory, where speculation is off."""
     engine = make_engine(tiny_model("llama"), num_speculative_tokens=0)
     outputs(engine)
-    assert engine.drafter.module is None
+    assert quantized_drafter(engine).module is None
     assert engine.drafter_bytes == 0
 
 
@@ -174,7 +176,7 @@ def test_release_gives_the_pages_back() -> None:
     expected = outputs(engine)
     engine.release()
     assert engine.prefix_cache is None
-    trees = (engine._replica.model, engine.drafter.module)
+    trees = (engine._replica.model, quantized_drafter(engine).module)
     assert all(getattr(module, "paged_cache", None) is None for tree in trees for module in tree.modules())
     assert outputs(engine) == expected
 

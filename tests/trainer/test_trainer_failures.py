@@ -90,8 +90,8 @@ def greedy_plain_run(tmp_path_factory: pytest.TempPathFactory) -> list[list[list
 @pytest.mark.parametrize(
     "place",
     [
-        "trl_selfspec.drafter.drafter.make_drafter",
-        "trl_selfspec.drafter.drafter.requantize",
+        "trl_selfspec.drafter.quantized_drafter.make_drafter",
+        "trl_selfspec.drafter.quantized_drafter.requantize",
         "trl_selfspec.engine.model_runner.ModelRunner._draft",
     ],
 )

@@ -22,7 +22,7 @@ from trl_runs import (
 )
 
 from trl_selfspec import SelfSpecEngine, SelfSpecGRPOTrainer
-from trl_selfspec.drafter import drafter
+from trl_selfspec.drafter import quantized_drafter
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.trainer.metrics import STATE_FILE, GenerationStats
 from trl_selfspec.trainer.model_card import rollout_section
@@ -97,8 +97,8 @@ def test_the_drafter_follows_every_nth_step_and_the_target_every_step(
 def test_one_quantization_serves_all_generations_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluation generates once per batch with the same weights; only copies of the target are renewed each time."""
     calls: list[int] = []
-    original = drafter.requantize
-    monkeypatch.setattr(drafter, "requantize", lambda *args: (calls.append(1), original(*args))[1])
+    original = quantized_drafter.requantize
+    monkeypatch.setattr(quantized_drafter, "requantize", lambda *args: (calls.append(1), original(*args))[1])
     trainer = make_trainer(tmp_path, trainer_kwargs={"eval_dataset": make_dataset()}, **ALWAYS_SPECULATE)
     trainer.evaluate()
     assert len(calls) == 1

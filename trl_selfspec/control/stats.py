@@ -1,18 +1,17 @@
 """Counters of a rollout, and the ratios of them that are logged.
 
-Counters are sums (`*_bytes` are maxima), so rollouts, tool-loop calls and ranks merge by addition, and every ratio is
-a ratio of sums. `acceptance_rate` is accepted / drafted. `alpha` is accepted / examined, where a draft token is
-examined if all earlier ones of its round were accepted; speed formulas need `alpha`.
+Rollouts, tool-loop calls and ranks merge by addition, so every ratio is a ratio of sums. `acceptance_rate` is
+accepted / drafted. `alpha` is accepted / examined, where a draft token is examined if all earlier ones of its round
+were accepted; speed formulas need `alpha`.
 """
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import accumulate
 from math import sqrt
-from typing import Any, Self
 
-from trl_selfspec.control.saved_state import positive
+from trl_selfspec.control.counters import Counters
 from trl_selfspec.options import MAX_DRAFT_LENGTH
 
 
@@ -29,8 +28,37 @@ def _ratio(numerator: float, denominator: float) -> float | None:
     return numerator / denominator if denominator > 0 else None
 
 
+def _ratios(accepted: Sequence[int], drafted: Sequence[int]) -> list[float]:
+    return [a / d for a, d in zip(accepted, drafted, strict=True) if d]
+
+
+def _by_position(prefix: str, rates: Sequence[float]) -> dict[str, float]:
+    return {f"{prefix}acceptance_rate_pos_{i}": rate for i, rate in enumerate(rates)}
+
+
 @dataclass
-class RolloutStats:
+class DrafterStats(Counters):
+    """Counters of the rounds of one drafter."""
+
+    rounds: int = 0
+    draft_s: float = 0.0
+    drafted_per_position: list[int] = field(default_factory=_per_position)
+    accepted_per_position: list[int] = field(default_factory=_per_position)
+
+    @property
+    def mean_acceptance_length(self) -> float | None:
+        """Tokens per row and round, the recovered or bonus token included."""
+        accepted = _ratio(sum(self.accepted_per_position), self.drafted_per_position[0])
+        return None if accepted is None else 1.0 + accepted
+
+    @property
+    def acceptance_rate_per_position(self) -> list[float]:
+        """Accepted / drafted for each position (from 0) that was ever drafted."""
+        return _ratios(self.accepted_per_position, self.drafted_per_position)
+
+
+@dataclass
+class RolloutStats(Counters):
     """Raw counters and seconds of one or more rollouts.
 
     A *round* is one target forward for all active rows; a *row-round* is one row's share of it. Seconds are of one
@@ -45,10 +73,13 @@ class RolloutStats:
     plain_rounds: int = 0
     plain_row_rounds: int = 0
     num_rounds_speculative: int = 0
-    draft_steps: int = 0  # forwards of the drafter
+    draft_steps: int = 0  # tokens drafted per row
     drafted_per_position: list[int] = field(default_factory=_per_position)
     examined_per_position: list[int] = field(default_factory=_per_position)
     accepted_per_position: list[int] = field(default_factory=_per_position)
+    by_drafter: dict[str, DrafterStats] = field(default_factory=dict, metadata={"values": DrafterStats})
+    history_rows: int = 0  # whose prompt had completions of earlier rollouts to draft from
+    history_tokens: int = 0  # kept for later rollouts
     toggle_active_sequences_sum: int = 0  # rows unfinished when speculation first began in a rollout
     toggle_count: int = 0  # rollouts in which it began
     draft_nan_rounds: int = 0
@@ -83,6 +114,7 @@ class RolloutStats:
 
     def add_speculative_round(
         self,
+        drafter: str,
         rows: int,
         gamma: int,
         draft_s: float,
@@ -98,6 +130,12 @@ class RolloutStats:
             self.accepted_per_position[i] += accepted[i]
         self.draft_s += draft_s
         self.verify_s += verify_s
+        own = self.by_drafter.setdefault(drafter, DrafterStats())
+        own.rounds += 1
+        own.draft_s += draft_s
+        for i in range(gamma):
+            own.drafted_per_position[i] += rows
+            own.accepted_per_position[i] += accepted[i]
 
     def add_segment(self, seconds: float, plain_s: float) -> None:
         """Adds the seconds of speculative rounds, and those of plain rounds of the same minute for their tokens."""
@@ -138,8 +176,7 @@ class RolloutStats:
     @property
     def acceptance_rate_per_position(self) -> list[float]:
         """Accepted / drafted for each position (from 0) that was ever drafted."""
-        pairs = zip(self.accepted_per_position, self.drafted_per_position, strict=True)
-        return [accepted / drafted for accepted, drafted in pairs if drafted]
+        return _ratios(self.accepted_per_position, self.drafted_per_position)
 
     @property
     def mean_num_speculative_tokens(self) -> float | None:
@@ -192,30 +229,14 @@ class RolloutStats:
         enough = self.segment_s >= MIN_COMPARED * (self.draft_s + self.verify_s)
         return self.segment_plain_s / self.segment_s if enough and self.segments >= MIN_SEGMENTS else None
 
-    def __iadd__(self, other: Self) -> Self:
-        for f in fields(self):
-            mine, theirs = getattr(self, f.name), getattr(other, f.name)
-            if f.name.endswith("_bytes"):
-                setattr(self, f.name, max(mine, theirs))
-            elif isinstance(mine, list):
-                setattr(self, f.name, [a + b for a, b in zip(mine, theirs, strict=True)])
-            else:
-                setattr(self, f.name, mine + theirs)
-        return self
-
-    def merge(self, other: Self) -> Self:
-        """A new sum of both."""
-        total = type(self)()
-        total += self
-        total += other
-        return total
-
-    def metrics(self, num_ranks: int = 1) -> dict[str, float]:
+    def metrics(self, num_ranks: int = 1, num_rollouts: int | None = None) -> dict[str, float]:
         """The metrics that a trainer logs; a ratio without data is left out.
 
         Args:
-            num_ranks: Processes whose stats were summed. Seconds are means over them, `tokens_per_s` is their total.
+            num_ranks: processes whose stats were summed; `tokens_per_s` is their total.
+            num_rollouts: of all ranks; seconds are means over them. `None`: one per rank.
         """
+        num_rollouts = num_rollouts or num_ranks
         values: dict[str, float | None] = {
             "acceptance_rate": self.acceptance_rate,
             "alpha": self.alpha,
@@ -224,8 +245,8 @@ class RolloutStats:
             "speculative_round_fraction": self.speculative_round_fraction,
             "toggle_active_sequences": self.toggle_active_sequences,
             "tokens_per_s": None if self.tokens_per_s is None else self.tokens_per_s * num_ranks,
-            "rollout_s": self.rollout_s / num_ranks,
-            "refresh_s": self.refresh_s / num_ranks,
+            "rollout_s": self.rollout_s / num_rollouts,
+            "refresh_s": self.refresh_s / num_rollouts,
             "estimated_speedup": self.estimated_speedup,
             "estimated_speedup_error": self.estimated_speedup_error,
             "reused_prompt_tokens": float(self.reused_prompt_tokens),
@@ -236,29 +257,16 @@ class RolloutStats:
             "recomputed_tokens": float(self.recomputed_tokens) or None,
             "draft_nan_rounds": float(self.draft_nan_rounds),
         }
-        for i, rate in enumerate(self.acceptance_rate_per_position):
-            values[f"acceptance_rate_pos_{i}"] = rate
+        if self.history_tokens:
+            values["history_hit_fraction"] = _ratio(self.history_rows, self.num_rows)
+            values["history_tokens"] = float(self.history_tokens)
+        values |= _by_position("", self.acceptance_rate_per_position)
+        for name, drafter in self.by_drafter.items():
+            values[f"{name}_round_fraction"] = drafter.rounds / (self.plain_rounds + self.num_rounds_speculative)
+            values[f"{name}_mean_acceptance_length"] = drafter.mean_acceptance_length
+            values[f"{name}_draft_s"] = drafter.draft_s / num_rollouts
+            values |= _by_position(f"{name}_", drafter.acceptance_rate_per_position)
         return {f"selfspec/{name}": value for name, value in values.items() if value is not None}
-
-    @classmethod
-    def from_dict(cls, values: Any) -> Self:
-        """The inverse of `dataclasses.asdict`, for values read from a file; a counter that it lacks is 0.
-
-        Raises:
-            ValueError: `values` are something else.
-        """
-        if not isinstance(values, dict):
-            raise ValueError("it holds no counters")
-        stats = cls()
-        for f in fields(cls):
-            default = getattr(stats, f.name)
-            value = values.get(f.name, default)
-            if isinstance(default, list) and not (isinstance(value, list) and len(value) == len(default)):
-                raise ValueError(f"it holds {value!r}")
-            for count in value if isinstance(default, list) else [value]:
-                positive(count, or_zero=True)
-            setattr(stats, f.name, value)
-        return stats
 
 
 class PlainComparison:

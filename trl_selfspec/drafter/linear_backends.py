@@ -21,7 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trl_selfspec import kernels
-from trl_selfspec.drafter.quantized_weight import QTYPES, Int4Weight, Int8Weight, QuantizedWeight
+from trl_selfspec.drafter.quantized_weight import (
+    QTYPES,
+    Int4Weight,
+    Int8Weight,
+    QuantizedWeight,
+    make_quantized_weight,
+)
 from trl_selfspec.kernels import humming, int4
 from trl_selfspec.kernels.triton_support import runs_triton
 
@@ -31,6 +37,7 @@ logger = logging.getLogger(__name__)
 GPU_DTYPES = (torch.bfloat16, torch.float16)
 TORCH_INT4_GROUPS = (32, 64, 128)
 TORCH_INT4_ROWS = 16
+PROBED_SHAPE = 256, 256  # out and in features that every kernel takes
 TORCH_INT8_COLUMNS = 32  # torch 2.13 reads past rows of, say, 100: garbage, or a segmentation fault
 
 Weight = TypeVar("Weight", bound=QuantizedWeight)
@@ -250,6 +257,14 @@ def resolve_qtype(qtype: str, device: torch.device | str, dtype: torch.dtype) ->
     else:
         fast = dtype in GPU_DTYPES and runs_triton(device)
     return "qint4" if fast else "qint8"
+
+
+def fast_qtypes(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Those that a kernel multiplies by here, without dequantizing a whole weight."""
+    slow = (DequantizedOnce, DequantizedPerCall)
+    weights = (make_quantized_weight(qtype, *PROBED_SHAPE, dtype, device) for qtype in QTYPES)
+    fast = (weight for weight in weights if next(b for b in BACKENDS if b.supports(weight)) not in slow)
+    return [weight.qtype for weight in fast]
 
 
 def _humming_shape(weight: QuantizedWeight) -> humming.Shape:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from trl_selfspec.drafter.protocol import Batch
 from trl_selfspec.utils import to_device
 
 
@@ -35,6 +36,12 @@ class BatchState:
     @property
     def capacity(self) -> int:
         return self.tokens.shape[1]
+
+    def batch(self, num_rows: int) -> Batch:
+        """The first rows, as drafters see them."""
+        state = self.tokens, self.lengths, self.row_ids
+        tokens, lengths, row_ids = (tensor[:num_rows] for tensor in state)
+        return Batch(tokens, lengths, row_ids, self.num_drafted, self.draft_nan[:num_rows])
 
     def assign(self, row: int, prompt: Sequence[int], limit: int, row_id: int, done: Sequence[int] = ()) -> None:
         """Gives `row` a prompt and the tokens `done` generated before; it ends at `limit` tokens at the latest."""

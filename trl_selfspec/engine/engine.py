@@ -1,11 +1,13 @@
 """Batched self-speculative generation for transformers causal LMs: token ids in, token ids and log-probabilities out.
 
-The engine decodes with a replica of the model and drafts with the same weights, quantized. It runs the model itself
-only to check the replica against it, never changes or hooks it, and takes token ids, never a tokenizer or a trainer.
+The engine decodes with a replica of the model, and drafts with the same weights, quantized, or with text that was
+generated before. It runs the model itself only to check the replica against it, never changes or hooks it, and takes
+token ids, never a tokenizer or a trainer.
 """
 
 import contextlib
 import inspect
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +17,11 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec.control.controller import Controller
 from trl_selfspec.control.stats import RolloutStats
-from trl_selfspec.drafter.drafter import DrafterManager
-from trl_selfspec.drafter.linear_backends import resolve_qtype
+from trl_selfspec.drafter.history import CompletionHistory
+from trl_selfspec.drafter.linear_backends import fast_qtypes, resolve_qtype
+from trl_selfspec.drafter.protocol import Drafter
+from trl_selfspec.drafter.quantized_drafter import QuantizedDrafter
+from trl_selfspec.drafter.suffix_drafter import SuffixDrafter
 from trl_selfspec.engine.batch_state import BatchState
 from trl_selfspec.engine.cuda_graphs import Capture, CudaCapture, GraphPool
 from trl_selfspec.engine.kv_budget import KVMemory, kv_bytes_per_token, warn_if_scarce
@@ -33,6 +38,8 @@ from trl_selfspec.policy.self_check import self_check
 from trl_selfspec.sampling.logits_processing import BatchedLogitsProcessor, effective_generation_config
 from trl_selfspec.sampling.samplers import CoupledSampler, GreedySampler, RejectionSampler, Sampler
 
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Progress", "RolloutOutput", "SelfSpecEngine", "UnsupportedModelError"]
 
@@ -62,14 +69,14 @@ class RolloutOutput:
 
 
 class SelfSpecEngine:
-    """Generates with a model and drafts with its own quantized weights.
+    """Generates with a model, and drafts with its own quantized weights or with what was generated before.
 
     Args:
         model: a transformers causal LM, or a PEFT model around one, on the device to generate on.
         options: see [`SelfSpecOptions`].
         autocast_dtype: dtype of the autocast under which the model is trained; `None` for none.
         param_dtype: dtype to which FSDP's mixed precision casts the model's parameters; `None` for none.
-        controller: decides on the draft length of each round; `None` builds one from `options`.
+        controller: decides on the drafter and the draft length of each round; `None` builds one from `options`.
         capture: turns a function into one that replays it; `None` captures CUDA graphs as `options` ask for.
 
     Raises:
@@ -94,12 +101,8 @@ class SelfSpecEngine:
     ) -> None:
         self.options = options or SelfSpecOptions()
         self.autocast_dtype, self.param_dtype = autocast_dtype, param_dtype
-        self.controller = controller or Controller(
-            self.options.num_speculative_tokens,
-            self.options.max_speculative_tokens,
-            self.options.max_active_sequences,
-        )
-        self._policy, self._capture = model, capture
+        self._controller, self._policy, self._capture = controller, model, capture
+        self._history = CompletionHistory() if self.options.history else None
         self._refresh_s = 0.0
         self._build()
 
@@ -114,9 +117,8 @@ class SelfSpecEngine:
         self.calibration = self_check(self._replica, self._policy, self._forward_context())
         self._replica.mark_current()
         self.draft_qtype = resolve_qtype(self.options.draft_qtype, self.device, self._dtype)
-        self.drafter = DrafterManager(self._replica, self.draft_qtype)
-        if self.controller.measures:  # before the first rollout: it imports quanto, which takes seconds
-            self.controller.expect_requantizing(self.drafter.estimate_seconds())
+        self.drafters = {drafter.traits.name: drafter for drafter in self._make_drafters()}
+        self._begin_control()
         kv_dtype = self.autocast_dtype  # None: the dtype of the keys themselves
         num_layers = self._replica.num_layers
         with self._forward_context():
@@ -125,8 +127,56 @@ class SelfSpecEngine:
         self._prefix_cache: PrefixCache | None = None  # None: no cache is allocated
         self._state: BatchState | None = None  # as long as the cache
         self._seed = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._sampling: Sampler | None = None
+        self._sampler = VERIFICATIONS[self.options.verification](self._seed, self.options.longest_draft)
         self._graphs = self._graph_pool()
+
+    def _make_drafters(self) -> list[Drafter]:
+        """Those that the options ask for. Where counts alone decide, the first one drafts."""
+        options, dtype = self.options, self._dtype
+        quantized = [self.draft_qtype]
+        if options.drafter == "auto" and options.draft_qtype == "auto":
+            quantized += (qtype for qtype in fast_qtypes(self.device, dtype) if qtype != self.draft_qtype)
+        drafters: list[Drafter] = []
+        if options.drafter != "suffix":
+            drafters += (QuantizedDrafter(self._replica, qtype) for qtype in quantized)
+        if options.drafter != "quantized":
+            drafters.append(SuffixDrafter(self._history, self.device))
+        return drafters if options.longest_draft else []
+
+    def _begin_control(self) -> None:
+        if self._controller is None:
+            self._controller = Controller(
+                [drafter.traits for drafter in self.drafters.values()],
+                self.options.num_speculative_tokens,
+                self.options.max_speculative_tokens,
+                self.options.max_active_sequences,
+            )
+        if self._controller.measures:  # before the first rollout: it imports quanto, which takes seconds
+            for name, drafter in self.drafters.items():
+                self._controller.expect_preparing(name, drafter.estimate_seconds())
+
+    @property
+    def controller(self) -> Controller:
+        assert self._controller is not None, "it is made with the drafters"
+        return self._controller
+
+    @property
+    def history(self) -> CompletionHistory | None:
+        """Completions kept for later drafts; `None` where none are."""
+        return self._history if "suffix" in self.drafters else None
+
+    def remember(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> None:
+        """Keeps completions for later drafts. `generate` does so by itself with what it generates.
+
+        For completions of other processes, and for whole conversations: the prompt of the first turn, and all that
+        came after it. They never change a sample.
+
+        Args:
+            prompt_ids: token ids, ragged, one prompt per completion.
+            completion_ids: token ids, ragged. Of each prompt, as many are kept as it has here.
+        """
+        if (history := self.history) is not None:
+            history.add(prompt_ids, completion_ids)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -157,7 +207,7 @@ class SelfSpecEngine:
         dtypes than before (`resize_token_embeddings`, `to(dtype)`) is built anew.
 
         Args:
-            draft: also requantize the drafter. `False` keeps it as it is for this change of weights: samples still
+            draft: also requantize drafters. `False` keeps them as they are for this change of weights: samples still
                 follow the new weights exactly, only fewer drafts are accepted. Quantizing itself waits for the first
                 draft, so that a rollout that never speculates never pays for it.
 
@@ -177,7 +227,8 @@ class SelfSpecEngine:
         if self._prefix_cache is not None:
             self._prefix_cache.clear()
         if draft:
-            self.drafter.request_update()
+            for drafter in self.drafters.values():
+                drafter.request_update()
         self._refresh_s += self._seconds() - start
 
     @torch.inference_mode(False)
@@ -240,6 +291,9 @@ class SelfSpecEngine:
             rollout = self._rollout(requests, logits_processor, seed, on_round, keep)
             rollout.run()
             on_error.pop_all()
+        for drafter in self.drafters.values():
+            drafter.end_rollout(rollout.completions, rollout.stats)
+        self._drop_given_up()
         warn_if_scarce(rollout.stats)
         rollout.stats.refresh_s, self._refresh_s = self._refresh_s + rollout.stats.requantize_s, 0.0
         rollout.stats.drafter_bytes, rollout.stats.kv_bytes = self.drafter_bytes, rollout.prefix_cache.cache.nbytes
@@ -253,14 +307,21 @@ class SelfSpecEngine:
         """Frees the keys and values, those kept for later turns included; the next rollout allocates anew."""
         if self._prefix_cache is not None:
             self._prefix_cache = self._memory.release(self._prefix_cache)
-        for tree in (self._replica.model, self.drafter.module):
-            if tree is not None:
-                bind_cache(tree, None)
+        bind_cache(self._replica.model, None)
+        for drafter in self.drafters.values():
+            drafter.bind(None)
+
+    def _drop_given_up(self) -> None:
+        """Frees drafters that the controller will not choose again, and says why."""
+        for name in self.drafters.keys() & self.controller.given_up.keys():
+            logger.warning("trl_selfspec: no %s drafts from here on: %s", name, self.controller.given_up[name])
+            self.drafters.pop(name).release()
+            self._graphs.clear()
 
     @property
     def drafter_bytes(self) -> int:
-        """Bytes the drafter holds beyond what it shares with the target; 0 until it first drafts."""
-        return self.drafter.nbytes
+        """Bytes that drafters hold beyond what they share with the target; 0 until one first drafts."""
+        return sum(drafter.nbytes for drafter in self.drafters.values())
 
     def state_dict(self) -> dict:
         """What the controller learned, as JSON-able values."""
@@ -292,17 +353,21 @@ class SelfSpecEngine:
         # Rows may be fewer than requests: those with a history go first, before the others need its place.
         requests.sort(key=lambda request: -prefix_cache.longest_prefix(request.prompt)[1])
         assert self._state is not None
+        prompts = [request.prompt for request in sorted(requests, key=lambda request: request.row_id)]
+        moved = [drafter.begin_rollout(prompts, self._state.capacity, keep) for drafter in self.drafters.values()]
+        if any(moved):
+            self._graphs.clear()
         self._seed.fill_(seed)
         logits_processor = self._graphs.begin_rollout(logits_processor, self._state.max_rows, cache.row_capacity)
-        if self._sampling is None:
-            self._sampling = self._verification(self._seed)
+        sampler, token_sampler = self._samplers(logits_processor.greedy)
         runner = ModelRunner(
             target=self._replica.model,
-            drafter=None,
             cache=cache,
             state=self._state,
             logits_processor=logits_processor,
-            verification=GreedySampler() if logits_processor.greedy else self._sampling,
+            sampler=sampler,
+            token_sampler=token_sampler,
+            observers=list(self.drafters.values()),
             max_position=None if self._context_length is None else self._context_length - 1,
             graphs=self._graphs,
             prefill_kwargs=self._prefill_kwargs(),
@@ -310,7 +375,7 @@ class SelfSpecEngine:
 
         ahead = ROUNDS_AHEAD.get(self.device.type, 0)
         scheduler = Scheduler(requests, min(cache.max_rows, len(requests)))
-        return Rollout(runner, scheduler, prefix_cache, self.controller, self.drafter, keep, on_round, ahead)
+        return Rollout(runner, scheduler, prefix_cache, self.controller, self.drafters, keep, on_round, ahead)
 
     def _seconds(self) -> float:
         """The host's clock, once the device has done what it was asked for."""
@@ -318,8 +383,9 @@ class SelfSpecEngine:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def _verification(self, seed: torch.Tensor) -> Sampler:
-        return VERIFICATIONS[self.options.verification](seed, self.options.longest_draft)
+    def _samplers(self, greedy: bool) -> tuple[Sampler, Sampler]:
+        """What draws tokens and verifies drafts, and what verifies drafts without a distribution."""
+        return (GreedySampler(), GreedySampler()) if greedy else (self._sampler, CoupledSampler(self._seed))
 
     def _graph_pool(self) -> GraphPool:
         choice = self.options.cuda_graphs

@@ -1,21 +1,22 @@
 """The device work of a round, which advances every active row by one token (plain) or 1 to γ + 1 (speculative).
 
-There are three programs: a plain round, a draft step, and verification. Each reads and writes tensors at fixed
-addresses alone, the first rows of `BatchState` among them, so that it can be captured (`cuda_graphs.py`). A graph
-may be for more rows than are active: the others emit nothing. The one host sync is `PendingRound.result`.
+There are three kinds of program: a plain round, a drafter's step, and verification. Each reads and writes tensors at
+fixed addresses alone, the first rows of `BatchState` among them, so that it can be captured (`cuda_graphs.py`). A
+graph may be for more rows than are active: the others emit nothing. The one host sync is `PendingRound.result`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from trl_selfspec.drafter.drafter import DraftError
+from trl_selfspec.control.controller import PLAIN, Choice
+from trl_selfspec.drafter.protocol import Drafter, DraftError
 from trl_selfspec.engine.batch_state import BatchState
 from trl_selfspec.engine.cuda_graphs import CaptureError, GraphPool, Program
-from trl_selfspec.kv_cache.attention import bind_cache
 from trl_selfspec.kv_cache.paged_cache import PagedCache
 from trl_selfspec.sampling.logits_processing import BatchedLogitsProcessor
 from trl_selfspec.sampling.samplers import Sampler, VerifyResult, token_logprobs
@@ -37,12 +38,12 @@ class PendingRound:
 
     Attributes:
         num_rows: rows of the round.
-        gamma: its draft length; 0 is a plain round.
+        choice: its drafter and draft length.
         steady_state: nothing was warmed up or captured, so its seconds are those of any round of this size.
     """
 
-    def __init__(self, report: Tensor, num_rows: int, gamma: int, clock: Clock, steady_state: bool) -> None:
-        self.num_rows, self.gamma, self.steady_state = num_rows, gamma, steady_state
+    def __init__(self, report: Tensor, num_rows: int, choice: Choice, clock: Clock, steady_state: bool) -> None:
+        self.num_rows, self.choice, self.steady_state = num_rows, choice, steady_state
         self._clock, self._report, self._copied = clock, report, None
         if report.is_cuda:  # the next replay overwrites it
             self._report = torch.empty(report.shape, dtype=report.dtype, device="cpu", pin_memory=True)
@@ -65,14 +66,21 @@ class PendingRound:
 
 @dataclass
 class ModelRunner:
-    """Runs rounds over the first rows of `state`, none of which is active at first. One per rollout."""
+    """Runs rounds over the first rows of `state`, none of which is active at first. One per rollout.
+
+    Attributes:
+        sampler: draws tokens, and drafts that have a distribution.
+        token_sampler: draws the same tokens; verifies drafts without a distribution by them.
+        observers: drafters that take note of every round.
+    """
 
     target: nn.Module
-    drafter: nn.Module | None
     cache: PagedCache
     state: BatchState
     logits_processor: BatchedLogitsProcessor
-    verification: Sampler
+    sampler: Sampler
+    token_sampler: Sampler
+    observers: Sequence[Drafter]
     max_position: int | None  # largest position the model embeds
     graphs: GraphPool
     prefill_kwargs: dict[str, int] = field(default_factory=dict)
@@ -88,11 +96,6 @@ class ModelRunner:
         """Takes rows from `first` on out of the rounds, which may be replays for more rows than are active."""
         self.state.deactivate(first)
         self.cache.deactivate(first)
-
-    def use_drafter(self, drafter: nn.Module) -> None:
-        """Drafts with it from here on, over the target's cache."""
-        bind_cache(drafter, self.cache)
-        self.drafter = drafter
 
     def prefill(
         self,
@@ -111,25 +114,27 @@ class ModelRunner:
 
     def plain(self, num_rows: int, num_slots: int) -> PendingRound:
         """One target forward of T = 1."""
-        return self._finish(Program("plain", num_rows, num_slots), self._plain, self._clock())
+        return self._finish(Program("plain", num_rows, num_slots), PLAIN, self._plain, self._clock())
 
-    def speculative(self, num_rows: int, gamma: int, num_slots: int) -> PendingRound:
-        """γ draft forwards of T = 1, then one target forward of T = γ + 1 that verifies; both are timed.
+    def speculative(self, drafter: Drafter, num_rows: int, gamma: int, num_slots: int) -> PendingRound:
+        """The steps of a draft of γ tokens, then one target forward of T = γ + 1 that verifies; both are timed.
 
         Raises:
             DraftError: a draft step failed; the rows are as they were before.
         """
-        clock = self._clock()
-        drafts = Program("draft", num_rows, num_slots)
+        clock, num_steps = self._clock(), drafter.num_steps(gamma)
+        draft = Program(drafter.program, num_rows, num_slots, gamma if num_steps == 1 else 0)
         try:
             with failures_raised_as(DraftError, passing=CaptureError):  # the user asked for graphs or an error
-                for _ in range(gamma):
-                    self.graphs.run(drafts, self._draft)
+                for _ in range(num_steps):
+                    self.graphs.run(draft, partial(self._draft, drafter))
         except DraftError:
             self.state.forget_drafts()
             raise
         clock.mark()
-        return self._finish(Program("verify", num_rows, num_slots, gamma), self._verify, clock)
+        kind, sampler = ("verify", self.sampler) if drafter.has_distribution else ("verify known", self.token_sampler)
+        program, choice = Program(kind, num_rows, num_slots, gamma), Choice(gamma, drafter.traits.name)
+        return self._finish(program, choice, partial(self._verify, sampler), clock)
 
     def _clock(self) -> Clock:
         self.graphs.begin_round()
@@ -137,40 +142,35 @@ class ModelRunner:
         clock.mark()
         return clock
 
-    def _finish(self, program: Program, function: Callable[[Program], Tensor], clock: Clock) -> PendingRound:
+    def _finish(
+        self, program: Program, choice: Choice, function: Callable[[Program], Tensor], clock: Clock
+    ) -> PendingRound:
         report = self.graphs.run(program, function)
         clock.mark()
-        return PendingRound(report, program.num_rows, program.gamma, clock, self.graphs.steady_state)
+        return PendingRound(report, program.num_rows, choice, clock, self.graphs.steady_state)
 
     def _plain(self, program: Program) -> Tensor:
         state, rows = self.state, slice(0, program.num_rows)
         lengths, row_ids = state.lengths[rows], state.row_ids[rows]
-        logits = self._forward(self.target, lengths[:, None] - 1, program.num_slots)
-        scores = self._process(logits, lengths)
-        tokens, logprobs = self.verification.draw(scores[:, 0], row_ids, lengths)
+        logits = self.forward(self.target, lengths[:, None] - 1, program.num_slots)
+        scores = self.process(logits, lengths)
+        tokens, logprobs = self.sampler.draw(scores[:, 0], row_ids, lengths)
         return self._commit(VerifyResult(torch.zeros_like(tokens), tokens[:, None], logprobs[:, None]), logits)
 
-    def _draft(self, program: Program) -> Tensor:
-        assert self.drafter is not None
-        state, rows = self.state, slice(0, program.num_rows)
-        at = state.lengths[rows] + state.num_drafted
-        scores = self._process(self._forward(self.drafter, at[:, None] - 1, program.num_slots), at)[:, 0]
-        draft, logprobs = self.verification.propose(scores, state.row_ids[rows], at, state.num_drafted)
-        state.tokens[rows].scatter_(1, at[:, None], draft[:, None])
-        state.draft_nan[rows] |= logprobs.isnan()
-        state.num_drafted += 1
-        return draft
+    def _draft(self, drafter: Drafter, program: Program) -> Tensor:
+        return drafter.step(self, self.state.batch(program.num_rows), program.num_slots, program.gamma)
 
-    def _verify(self, program: Program) -> Tensor:
+    def _verify(self, sampler: Sampler, program: Program) -> Tensor:
         state, rows, gamma = self.state, slice(0, program.num_rows), program.gamma
         lengths, row_ids = state.lengths[rows], state.row_ids[rows]
         positions = lengths[:, None] + torch.arange(gamma + 1, device=lengths.device)
         drafts = state.tokens[rows].gather(1, positions[:, :gamma])
-        logits = self._forward(self.target, positions - 1, program.num_slots)
-        scores = self._process(logits, lengths)
-        return self._commit(self.verification.verify(drafts, scores, row_ids, positions), logits)
+        logits = self.forward(self.target, positions - 1, program.num_slots)
+        scores = self.process(logits, lengths)
+        return self._commit(sampler.verify(drafts, scores, row_ids, positions), logits)
 
-    def _forward(self, model: nn.Module, positions: Tensor, num_slots: int) -> Tensor:
+    def forward(self, model: nn.Module, positions: Tensor, num_slots: int) -> Tensor:
+        """Logits of the first rows' tokens at these positions, whose keys go to the cache."""
         self.cache.begin(positions, num_slots)
         return self._run(model, self.state.tokens[: len(positions)].gather(1, positions), positions)
 
@@ -180,7 +180,8 @@ class ModelRunner:
         out = model(input_ids=tokens, position_ids=positions, past_key_values=self.cache, use_cache=True, **kwargs)
         return out.logits
 
-    def _process(self, logits: Tensor, lengths: Tensor) -> Tensor:
+    def process(self, logits: Tensor, lengths: Tensor) -> Tensor:
+        """Scores from the logits of positions `lengths`, ..., of the first rows."""
         num_rows = len(lengths)
         return self.logits_processor.process(
             logits, self.state.tokens[:num_rows], lengths, self.state.prompt_lengths[:num_rows]
@@ -210,6 +211,8 @@ class ModelRunner:
         target_nan = (logprobs.isnan() & (offsets < emitted[:, None])).any()
         lengths += emitted
         finished = stopped | (lengths >= limits)
+        for drafter in self.observers:
+            drafter.observe(state.batch(num_rows), positions, tokens, emitted)
         state.forget_drafts()
         flags = torch.stack([draft_nan, target_nan.long()])
         return torch.cat([finished.long(), emitted, num_accepted, flags])

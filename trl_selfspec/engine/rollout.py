@@ -3,13 +3,13 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from trl_selfspec.control.controller import Controller
+from trl_selfspec.control.controller import PLAIN, Choice, Controller
 from trl_selfspec.control.stats import PlainComparison, RolloutStats
-from trl_selfspec.drafter.drafter import DrafterManager, DraftError
+from trl_selfspec.drafter.protocol import Drafter, DraftError
 from trl_selfspec.engine.model_runner import ModelRunner, PendingRound, RoundResult
 from trl_selfspec.engine.request import Request
 from trl_selfspec.engine.scheduler import Admission, Scheduler
@@ -64,7 +64,7 @@ class Rollout:
     scheduler: Scheduler
     prefix_cache: PrefixCache  # over the runner's cache
     controller: Controller
-    drafter: DrafterManager
+    drafters: Mapping[str, Drafter]  # by name
     keep: bool = False  # finished rows in the prefix cache, for later rollouts
     on_round: Callable[[Progress], None] | None = None
     rounds_ahead: int = 0  # rounds launched before the host reads the last one (asynchronous scheduling)
@@ -78,11 +78,13 @@ class Rollout:
         self._in_flight: deque[Launched] = deque()
         self._prefills: list[Clock] = []
         self._comparison = PlainComparison(self.stats)
+        self._prepared: set[str] = set()  # drafters, in this rollout
         self._stash: list[tuple] = []  # row ids, numbers of tokens; tokens and both log-probabilities, on the device
 
     def run(self) -> None:
         start = time.perf_counter()
-        self.controller.begin_rollout(self.drafter.is_current)
+        ready = [name for name, drafter in self.drafters.items() if drafter.is_ready]
+        self.controller.begin_rollout(ready, {name: drafter.context for name, drafter in self.drafters.items()})
         self._admit()
         while self.scheduler.active:
             self._launch(self.controller.choose(self.scheduler.num_active))
@@ -96,23 +98,27 @@ class Rollout:
         self.stats.prefill_s += sum(clock.laps()[0] for clock in self._prefills)
         self.stats.rollout_s += time.perf_counter() - start
 
-    def _launch(self, gamma: int) -> None:
+    def _launch(self, choice: Choice) -> None:
         """Launches a round: a plain one, or drafts and their verification."""
         try:
-            self._launch_round(gamma)
+            self._launch_round(choice)
         except DraftError as error:  # the rows are as they were
-            self.controller.give_up(f"the drafter failed ({error})")
-            logger.warning("trl_selfspec: no speculation from here on, the drafter failed: %s", error)
-            self._launch_round(0)
+            self.controller.give_up(choice.drafter, f"it failed ({error})")
+            logger.warning("trl_selfspec: no %s drafts from here on, they failed: %s", choice.drafter, error)
+            self._launch_round(PLAIN)
 
-    def _launch_round(self, gamma: int) -> None:
-        if gamma:
-            self._draft_with_current_weights()
+    def _launch_round(self, choice: Choice) -> None:
+        gamma, drafter = choice.gamma, self.drafters.get(choice.drafter)
+        if drafter is not None:
+            self._prepare(drafter)
         num_slots, num_rows = self._reserve(lookahead=gamma), self.scheduler.num_active
-        if num_rows:  # else `_reserve` has completed rounds, and all rows have ended
-            runner = self.runner
-            pending = runner.speculative(num_rows, gamma, num_slots) if gamma else runner.plain(num_rows, num_slots)
-            self._in_flight.append(Launched(pending, [request.row_id for request in self.scheduler.active]))
+        if not num_rows:  # `_reserve` has completed rounds, and all rows have ended
+            return
+        if drafter is None:
+            pending = self.runner.plain(num_rows, num_slots)
+        else:
+            pending = self.runner.speculative(drafter, num_rows, gamma, num_slots)
+        self._in_flight.append(Launched(pending, [request.row_id for request in self.scheduler.active]))
 
     def _complete(self) -> int:
         """Reads the oldest round in flight, retires finished rows, admits waiting ones; returns its draft length."""
@@ -130,26 +136,30 @@ class Rollout:
         self._count(pending, result, list(at.values()))
         self._retire(sorted((row for row, i in at.items() if result.finished[i]), reverse=True))
         self._admit()
-        return pending.gamma
+        return pending.choice.gamma
 
-    def _draft_with_current_weights(self) -> None:
-        if self.stats.toggle_count:
+    def _prepare(self, drafter: Drafter) -> None:
+        """Before a drafter's first draft of this rollout."""
+        name = drafter.traits.name
+        if name in self._prepared:
             return
-        requantize_s, was_there = self.drafter.prepare()
-        assert self.drafter.module is not None
-        self.runner.use_drafter(self.drafter.module)
-        self.controller.observe_requantize(requantize_s, typical=was_there)
-        self.stats.requantize_s += requantize_s
-        self.stats.rollout_s -= requantize_s  # counted as refresh_s
-        self.stats.toggle_active_sequences_sum += self.scheduler.num_unfinished
-        self.stats.toggle_count += 1
+        seconds, typical = drafter.prepare()
+        drafter.bind(self.runner.cache)
+        self.controller.observe_preparing(name, seconds, typical)
+        self.stats.requantize_s += seconds
+        self.stats.rollout_s -= seconds  # counted as refresh_s
+        if not self._prepared:
+            self.stats.toggle_active_sequences_sum += self.scheduler.num_unfinished
+            self.stats.toggle_count += 1
+        self._prepared.add(name)
 
     def _count(self, pending: PendingRound, result: RoundResult, live: list[int]) -> None:
         """Adds a round to statistics and controller: its seconds, and what its rows `live` gained."""
         *draft, target_s = pending.laps()
-        num_rows, gamma, draft_s = pending.num_rows, pending.gamma, sum(draft)
+        num_rows, choice, draft_s = pending.num_rows, pending.choice, sum(draft)
+        gamma = choice.gamma
         if not (live and pending.steady_state):
-            self.controller.pass_over(num_rows, gamma, draft_s + target_s)
+            self.controller.pass_over(num_rows, choice, draft_s + target_s)
         if not live:  # all rows had ended when it began: the price of launching before reading
             self.stats.add_idle_round(draft_s + target_s)
             return
@@ -163,13 +173,13 @@ class Rollout:
         accepted = [sum(result.accepted[row] > i for row in live) for i in range(gamma)]
         examined = [len(live), *accepted[:-1]]
         if pending.steady_state:
-            self.controller.observe_speculative(num_rows, gamma, draft_s, target_s, accepted, examined)
+            self.controller.observe_speculative(num_rows, choice, draft_s, target_s, accepted, examined)
         committed = sum(result.emitted[row] for row in live)
         self._comparison.add_speculative_round(draft_s + target_s, committed / len(live), usual_s)
-        self.stats.add_speculative_round(len(live), gamma, draft_s, target_s, accepted, examined)
+        self.stats.add_speculative_round(choice.drafter, len(live), gamma, draft_s, target_s, accepted, examined)
         if result.draft_nan:
             self.stats.draft_nan_rounds += 1
-            self.controller.disable("the drafter's logits are not finite")
+            self.controller.disable(choice.drafter, "the drafter's logits are not finite")
 
     def _reserve(self, lookahead: int) -> int:
         """Gives each row pages for a round's writes: free ones, those of cached rows, then those of the newest rows.
@@ -201,7 +211,7 @@ class Rollout:
     @property
     def _ahead(self) -> int:
         """The most tokens that rounds in flight can add to a row."""
-        return sum(pending.gamma + 1 for pending, _ in self._in_flight)
+        return sum(pending.choice.gamma + 1 for pending, _ in self._in_flight)
 
     def _retire(self, finished: Sequence[int]) -> None:
         """Frees finished rows, from the last one down, so that a row that moves is not one of them."""

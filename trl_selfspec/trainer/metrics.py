@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from trl_selfspec.control.saved_state import positive
+from trl_selfspec.control.counters import Counters
 from trl_selfspec.control.stats import RolloutStats
 from trl_selfspec.engine.rollout import Progress
 
@@ -21,7 +21,7 @@ STATE_FILE = "selfspec_state.json"  # in a checkpoint, beside TRL's files
 
 
 @dataclass
-class GenerationStats:
+class GenerationStats(Counters):
     """Rollout counters of one or more generations; adds up over turns, generations and ranks."""
 
     stats: RolloutStats = field(default_factory=RolloutStats)
@@ -34,37 +34,16 @@ class GenerationStats:
         self.turns += 1
         self.fallbacks += fallback
 
-    def __iadd__(self, other: "GenerationStats") -> Self:
-        self.stats += other.stats
-        self.generations += other.generations
-        self.turns += other.turns
-        self.fallbacks += other.fallbacks
-        return self
-
     @property
     def used_engine(self) -> bool:
         return self.turns > self.fallbacks and self.stats.plain_rounds + self.stats.num_rounds_speculative > 0
 
     def metrics(self, num_ranks: int) -> dict[str, float]:
         """The metrics that a trainer logs. Seconds are means per generation and rank; the rest are ratios of sums."""
-        metrics = self.stats.metrics(num_ranks)
-        metrics["selfspec/refresh_s"] = self.stats.refresh_s / self.generations
-        metrics["selfspec/rollout_s"] = self.stats.rollout_s / self.generations
+        metrics = self.stats.metrics(num_ranks, self.generations)
         if self.used_engine:
             return metrics
         return {name: metrics[name] for name in ("selfspec/rollout_s", "selfspec/tokens_per_s")}
-
-    @classmethod
-    def from_dict(cls, values: Any) -> Self:
-        """The inverse of `dataclasses.asdict`, for values read from a file.
-
-        Raises:
-            ValueError: `values` are something else.
-        """
-        if not isinstance(values, dict):
-            raise ValueError("it holds no counters")
-        counts = (int(positive(values.get(name), or_zero=True)) for name in ("generations", "turns", "fallbacks"))
-        return cls(RolloutStats.from_dict(values.get("stats")), *counts)
 
     def gather(self) -> "GenerationStats":
         """The sum over all ranks; collective."""

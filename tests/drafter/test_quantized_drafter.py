@@ -6,15 +6,15 @@ import pytest
 import torch
 from adapted import SWITCHES, adapted, difference, stir, two_adapters
 from peft import PeftModel
-from tiny_models import Schedule, ragged_prompts, tiny_model
+from tiny_models import Schedule, quantized_drafter, ragged_prompts, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationConfig
 
-from trl_selfspec.drafter import drafter as drafters
-from trl_selfspec.drafter.drafter import (
-    DrafterManager,
+from trl_selfspec.drafter import quantized_drafter as drafters
+from trl_selfspec.drafter.quantized_drafter import (
     DraftError,
+    QuantizedDrafter,
     QuantizedRows,
     drafter_bytes,
     make_drafter,
@@ -140,7 +140,7 @@ def test_what_a_drafter_shares_is_not_counted() -> None:
     engine = drafting(adapted())
     assert engine.drafter_bytes == 0
     output = sample(engine)
-    drafter = engine.drafter.module
+    drafter = quantized_drafter(engine).module
     assert drafter is not None
     own = {name: parameter.data_ptr() for name, parameter in drafter.named_parameters()}
     target = {name: parameter.data_ptr() for name, parameter in engine._replica.model.named_parameters()}
@@ -153,7 +153,7 @@ def test_a_drafter_is_built_once_and_quantized_when_asked_for(requantized: list[
     """Prevents a price that every rollout pays, and drafts from weights of many steps ago."""
     model = tiny_model("llama")
     replica = PolicyReplica(model)
-    manager = DrafterManager(replica, "qint8")
+    manager = QuantizedDrafter(replica, "qint8")
     assert (manager.module, manager.is_current, manager.nbytes) == (None, False, 0)
     seconds, was_there = manager.prepare()
     assert seconds > 0
@@ -189,7 +189,7 @@ ERRORS = [
 @pytest.mark.parametrize("place", ["make_drafter", "requantize"])
 def test_whatever_fails_is_a_draft_error(error: Exception, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents the end of a run that needs no drafter; it can be tried again, with weights that are all current."""
-    manager = DrafterManager(PolicyReplica(tiny_model("llama")), "qint8")
+    manager = QuantizedDrafter(PolicyReplica(tiny_model("llama")), "qint8")
     manager.prepare()
     manager.module, manager.wanted_version = None if place == "make_drafter" else manager.module, 99
 
@@ -214,14 +214,14 @@ def test_an_interrupt_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(drafters, "requantize", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        DrafterManager(PolicyReplica(tiny_model("llama")), "qint8").prepare()
+        QuantizedDrafter(PolicyReplica(tiny_model("llama")), "qint8").prepare()
 
 
 @pytest.mark.parametrize("qtype", ["qint4", "qint8"])
 def test_the_price_of_quantizing_is_that_of_all_weights(qtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents a gate that opens at the price of one layer, or at that of importing quanto."""
     replica = PolicyReplica(tiny_model("llama"))
-    manager = DrafterManager(replica, qtype)
+    manager = QuantizedDrafter(replica, qtype)
     assert 0 < manager.estimate_seconds() < 60
     quantized: list[int] = []
 

@@ -13,9 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trl_selfspec.control.controller import DrafterTraits
+from trl_selfspec.drafter.protocol import Batch, Drafter, DraftError, DraftRunner
 from trl_selfspec.drafter.quantized_linear import QuantizedLinear
 from trl_selfspec.drafter.quantized_weight import make_quantized_weight
 from trl_selfspec.kernels import triton_support as gpu
+from trl_selfspec.kv_cache.attention import bind_cache
+from trl_selfspec.kv_cache.paged_cache import PagedCache
 from trl_selfspec.policy.fused_layers import joinable_projections
 from trl_selfspec.policy.peft_weights import find_module, frozen_state
 from trl_selfspec.policy.replica import PolicyReplica, ReplicaLinear
@@ -25,26 +29,25 @@ from trl_selfspec.utils import Clock, failures_raised_as
 TIMED_CALLS = 3  # the first one imports quanto
 
 
-class DraftError(RuntimeError):
-    """The drafter could not be built, or failed in a draft step; plain rounds need none."""
+class QuantizedDrafter(Drafter):
+    """The target's replica with quantized weights: built when it is first needed, requantized when weights changed.
 
-
-class DrafterManager:
-    """Owns the drafter of one replica: builds it when it is first needed, requantizes it when weights have changed.
-
-    A rollout that never speculates never pays for a drafter.
+    A rollout that never uses it never pays for it.
 
     Args:
         replica: the target replica.
         qtype: quanto's name of the weights' type.
 
     Attributes:
-        module: the drafter; `None` until it was first needed.
+        module: the quantized replica; `None` until it was first needed.
         version: the replica's, of the weights that `module` has; `None` where it has none yet.
         wanted_version: the replica's, of the weights that the next draft should have.
     """
 
+    has_distribution = True
+
     def __init__(self, replica: PolicyReplica, qtype: str) -> None:
+        self.traits = DrafterTraits(qtype)
         self.replica, self.qtype = replica, qtype
         self.module: PreTrainedModel | None = None
         self.version: int | None = None
@@ -55,19 +58,12 @@ class DrafterManager:
         self.wanted_version = self.replica.version
 
     @property
-    def is_current(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether it has the weights that were last asked for."""
         return self.version == self.wanted_version
 
     def prepare(self) -> tuple[float, bool]:
-        """Builds and requantizes what is due.
-
-        Returns:
-            Seconds it took, and whether the drafter was there before.
-
-        Raises:
-            DraftError: it can't be built or quantized. Later calls try again.
-        """
+        """Builds and requantizes what is due; the first time takes longer than later ones."""
         was_there = self.module is not None
         clock = Clock(self.replica.embeddings.device)
         clock.mark()
@@ -83,7 +79,7 @@ class DrafterManager:
     def _update(self) -> None:
         if self.module is None:
             self.module = make_drafter(self.replica, self.qtype)
-        if not self.is_current:
+        if not self.is_ready:
             requantize(self.module, self.replica)
             self.version = self.wanted_version
 
@@ -105,8 +101,33 @@ class DrafterManager:
 
     @property
     def nbytes(self) -> int:
-        """Bytes the drafter holds beyond what it shares with the target; 0 until it first drafts."""
+        """Bytes it holds beyond what it shares with the target; 0 until it first drafts."""
         return 0 if self.module is None else drafter_bytes(self.module)
+
+    def bind(self, cache: PagedCache | None) -> None:
+        if self.module is not None:
+            bind_cache(self.module, cache)
+
+    def num_steps(self, gamma: int) -> int:
+        return gamma
+
+    @property
+    def program(self) -> str:
+        return f"draft {self.qtype}"
+
+    def step(self, runner: DraftRunner, batch: Batch, num_slots: int, gamma: int) -> Tensor:
+        """One forward of T = 1 behind the tokens drafted so far. Its keys go to the target's cache."""
+        assert self.module is not None, "prepare comes first"
+        at = batch.lengths + batch.num_drafted
+        scores = runner.process(runner.forward(self.module, at[:, None] - 1, num_slots), at)[:, 0]
+        draft, logprobs = runner.sampler.propose(scores, batch.row_ids, at, batch.num_drafted)
+        batch.tokens.scatter_(1, at[:, None], draft[:, None])
+        batch.draft_nan.logical_or_(logprobs.isnan())
+        batch.num_drafted.add_(1)
+        return draft
+
+    def release(self) -> None:
+        self.module = self.version = None
 
 
 class QuantizedRows(nn.Module):
