@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
+DRAFTERS = ("auto", "quantized", "suffix")
 DRAFT_QTYPES = ("auto", "qint4", "qint8", "qfloat8")
 VERIFICATIONS = ("rejection", "coupled")
 MAX_DRAFT_LENGTH = 16
@@ -41,6 +42,17 @@ class SelfSpecOptions:
         "auto",
         "optimum-quanto type of the drafter's Linear weights: `qint4`, `qint8`, `qfloat8`, or `auto` to choose by "
         "device and dtype.",
+    )
+    drafter: Literal["auto", "quantized", "suffix"] = _option(
+        "auto",
+        "What drafts: `quantized`, the policy itself with quantized weights; `suffix`, what the row, its siblings of "
+        "the same prompt and the last epoch's completions said after the same tokens, which costs nothing and needs "
+        "no memory for weights; `auto` lets measured costs and acceptance choose for every round.",
+    )
+    history: bool = _option(
+        True,
+        "Keep the newest completions of each prompt, on the host, for `suffix` drafts of the next epoch: at most 64 "
+        "million tokens. They never change a sample, so checkpoints need not hold them.",
     )
     num_speculative_tokens: int | Literal["auto"] = _option(
         "auto",
@@ -84,6 +96,8 @@ class SelfSpecOptions:
         _require(
             self.draft_qtype in DRAFT_QTYPES, "draft_qtype", self.draft_qtype, f"use one of {', '.join(DRAFT_QTYPES)}"
         )
+        _require(self.drafter in DRAFTERS, "drafter", self.drafter, f"use one of {', '.join(DRAFTERS)}")
+        _require(isinstance(self.history, bool), "history", self.history, "use a bool")
         if self.num_speculative_tokens != "auto":
             _require(
                 _is_int(self.num_speculative_tokens) and 0 <= self.num_speculative_tokens <= MAX_DRAFT_LENGTH,
@@ -117,3 +131,8 @@ class SelfSpecOptions:
     def longest_draft(self) -> int:
         """The largest draft length these options can lead to."""
         return self.max_speculative_tokens if self.num_speculative_tokens == "auto" else self.num_speculative_tokens
+
+    @property
+    def keeps_history(self) -> bool:
+        """Whether earlier completions can be of any use to these options."""
+        return self.history and self.drafter != "quantized" and self.longest_draft > 0

@@ -17,6 +17,8 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 OWN_FIELDS = {field.name: field for field in dataclasses.fields(SelfSpecConfigMixin)}
 BAD_VALUES = [
     ("selfspec_draft_qtype", "int4"),
+    ("selfspec_drafter", "ngram"),
+    ("selfspec_history", "no"),
     ("selfspec_num_speculative_tokens", "many"),
     ("selfspec_num_speculative_tokens", -1),
     ("selfspec_num_speculative_tokens", None),
@@ -64,6 +66,7 @@ def test_a_description_names_the_fields_of_this_config() -> None:
     texts = [field.metadata["help"] for field in OWN_FIELDS.values()]
     assert not [text for text in texts if re.search(rf"`({own})`", text)]
     assert any("`selfspec_max_batch_size`" in text for text in texts)
+    assert any("the drafter's" in text for text in texts), "an option's name can be an ordinary word elsewhere"
 
 
 def test_help_can_be_printed() -> None:
@@ -98,10 +101,13 @@ def test_other_options_parse_from_the_command_line(tmp_path: Path) -> None:
         *("--no_use_selfspec", "--selfspec_cuda_graphs", "false", "--selfspec_max_active_sequences", "16"),
         *("--selfspec_max_batch_size", "32", "--selfspec_verification", "coupled", "--selfspec_draft_qtype", "qint8"),
         *("--selfspec_refresh_interval", "2", "--selfspec_kv_memory_fraction", "0.25"),
+        *("--selfspec_drafter", "suffix", "--selfspec_history", "false"),
     )
     assert not config.use_selfspec
     assert config.options() == SelfSpecOptions(
         draft_qtype="qint8",
+        drafter="suffix",
+        history=False,
         max_active_sequences=16,
         verification="coupled",
         refresh_interval=2,

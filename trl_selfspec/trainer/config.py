@@ -13,7 +13,7 @@ from trl_selfspec.options import SelfSpecOptions
 
 _PREFIX = "selfspec_"
 _OPTIONS = {option.name: option for option in fields(SelfSpecOptions)}
-_OWN_NAME = re.compile(rf"\b(?<!{_PREFIX})({'|'.join(_OPTIONS)})\b")
+_OWN_NAME = re.compile(rf"(?<=`)({'|'.join(_OPTIONS)})\b")  # quoted: some are ordinary words, as `history` is
 
 
 def _prefixed(text: str) -> str:
@@ -69,6 +69,8 @@ class SelfSpecConfigMixin:
         },
     )
     selfspec_draft_qtype: str = _option("draft_qtype")
+    selfspec_drafter: str = _option("drafter")
+    selfspec_history: bool = _option("history")
     # HfArgumentParser gives one type to an argument. It picks `str` for these unions; `__post_init__` reads numbers.
     selfspec_num_speculative_tokens: int | str | None = _option("num_speculative_tokens")
     selfspec_max_speculative_tokens: int = _option("max_speculative_tokens")

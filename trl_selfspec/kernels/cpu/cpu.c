@@ -127,3 +127,4 @@ static int useful_threads(double work, int most) {
 #include "norm.c"
 #include "layer.c"
 #include "sampling.c"
+#include "matching.c"
