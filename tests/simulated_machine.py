@@ -4,12 +4,34 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from trl_selfspec.control.controller import Controller
+from trl_selfspec.control.controller import PLAIN, Choice, Controller
+from trl_selfspec.control.drafters import DrafterTraits
 from trl_selfspec.control.stats import PlainComparison, RolloutStats
 
 
-Chooser = Callable[[int], int]
+Chooser = Callable[[int], Choice]
+QUANTIZED = DrafterTraits("quantized")
+
+
+def one_drafter(*settings: Any, **more: Any) -> Controller:
+    """A controller of the drafter that every machine has."""
+    return Controller([QUANTIZED], *settings, **more)
+
+
+@dataclass
+class Drafter:
+    """Seconds of a draft step of B rows (`per_round`: of the draft), and how drafts fare."""
+
+    draft: Callable[[int], float]
+    alpha: Callable[[int, int], float]  # rows, position
+    per_round: bool = False
+    prepare: float = 0.0  # before the first draft of a rollout
+    build: float = 0.0  # before the first of all
+
+    def draft_s(self, rows: int, gamma: int) -> float:
+        return self.draft(rows) * (1 if self.per_round else gamma)
 
 
 @dataclass
@@ -26,10 +48,14 @@ class Machine:
     build: float = 0.0  # before the first of all
     slowness: Callable[[float], float] | None = None  # by the seconds so far; None: always 1
     seconds: float = 0.0  # without outliers, which no choice can avoid
-    choices: list[int] = field(default_factory=list)
+    choices: list[int] = field(default_factory=list)  # draft lengths
+    drafters: dict[str, Drafter] = field(default_factory=dict)  # in place of the one above
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
+        self.used: list[str] = []  # drafters, by round
+        self.prepared: dict[str, int] = {}  # how often, by drafter
+        self.context: dict[str, str] = {}  # told to the controller at the begin of a rollout
         self.plain_seconds = 0.0  # what plain rounds would have taken at each moment for the tokens of that moment
         self.stats = RolloutStats()
         self.comparison = PlainComparison(self.stats)
@@ -38,14 +64,21 @@ class Machine:
     def slowness_now(self) -> float:
         return 1.0 if self.slowness is None else self.slowness(self.seconds)
 
+    def drafter(self, name: str) -> Drafter:
+        """The machine's own, as its fields are now, or one of several."""
+        own = Drafter(self.draft, self.alpha, prepare=self.requantize, build=self.build)
+        return self.drafters[name] if self.drafters else own
+
     def measure(self, seconds: float) -> float:
         seconds *= self.slowness_now * max(0.5, self.random.gauss(1.0, self.noise))
         self.seconds += seconds
         return seconds * (10 if self.random.random() < self.outliers else 1)
 
-    def round(self, rows: int, controller: Controller | None, gamma: int) -> list[int]:
+    def round(self, rows: int, controller: Controller | None, choice: Choice) -> list[int]:
         """One round, reported to the controller; returns the tokens each row gained."""
+        gamma, name = choice
         self.choices.append(gamma)
+        self.used.append(name)
         plain_s = self.target(rows, 1) * self.slowness_now
         if gamma == 0:
             seconds = self.measure(self.target(rows, 1))
@@ -55,29 +88,32 @@ class Machine:
                 self.comparison.add_plain_round(seconds, controller.usual_plain_seconds(rows))
                 self.stats.add_plain_round(rows, seconds)
             return [1] * rows
-        draft_s, verify_s = self.measure(gamma * self.draft(rows)), self.measure(self.target(rows, gamma + 1))
-        counts = [self._accepted(rows, gamma) for _ in range(rows)]
+        drafter = self.drafter(name)
+        draft_s, verify_s = self.measure(drafter.draft_s(rows, gamma)), self.measure(self.target(rows, gamma + 1))
+        counts = [self._accepted(drafter, rows, gamma) for _ in range(rows)]
         accepted = [sum(n > i for n in counts) for i in range(gamma)]
         examined, tokens = [rows, *accepted[:-1]], 1 + sum(counts) / rows
         self.plain_seconds += plain_s * tokens
         if controller is not None:
             usual_s = controller.usual_plain_seconds(rows)
-            controller.observe_speculative(rows, gamma, draft_s, verify_s, accepted, examined)
+            controller.observe_speculative(rows, choice, draft_s, verify_s, accepted, examined)
             self.comparison.add_speculative_round(draft_s + verify_s, tokens, usual_s)
             self.stats.add_speculative_round(rows, gamma, draft_s, verify_s, accepted, examined)
         return [n + 1 for n in counts]
 
-    def _prepare_drafter(self, controller: Controller) -> None:
-        """Before the first draft of a rollout."""
-        building = not any(self.choices)
-        seconds = self.requantize + self.build * building
+    def _prepare(self, name: str, controller: Controller) -> None:
+        """Before a drafter's first draft of a rollout."""
+        drafter = self.drafter(name)
+        building = name not in self.prepared
+        seconds = drafter.prepare + drafter.build * building
+        self.prepared[name] = self.prepared.get(name, 0) + 1
         self.seconds += seconds
         self.stats.requantize_s += seconds
         self.stats.refresh_s += seconds
-        controller.observe_requantize(seconds, typical=not building)
+        controller.observe_preparing(name, seconds, typical=not building)
 
-    def _accepted(self, rows: int, gamma: int) -> int:
-        return next((i for i in range(gamma) if self.random.random() >= self.alpha(rows, i)), gamma)
+    def _accepted(self, drafter: Drafter, rows: int, gamma: int) -> int:
+        return next((i for i in range(gamma) if self.random.random() >= drafter.alpha(rows, i)), gamma)
 
     def rounds(self, rows: int, controller: Controller, count: int) -> list[int]:
         """So many rounds of constant size; returns their draft lengths."""
@@ -88,30 +124,37 @@ class Machine:
 
     def rollout(self, lengths: Sequence[int], choose: Chooser, controller: Controller | None = None) -> float:
         """Until every row has its length; returns the seconds it took."""
-        start, left, drafted = self.seconds, list(lengths), False
+        start, left, current = self.seconds, list(lengths), self._need_nothing()
         requantize_s = self.stats.requantize_s
         if controller is not None:
-            controller.begin_rollout()
+            controller.begin_rollout(current, self.context)
         while left:
-            gamma = choose(len(left))
-            if gamma and not drafted and controller is not None and self.requantize:
-                self._prepare_drafter(controller)
-            drafted |= gamma > 0
-            gained = self.round(len(left), controller, gamma)
+            choice = choose(len(left))
+            if choice.gamma and controller is not None and choice.drafter not in current:
+                self._prepare(choice.drafter, controller)
+                current.add(choice.drafter)
+            gained = self.round(len(left), controller, choice)
             left = [need - got for need, got in zip(left, gained, strict=True) if need > got]
         if controller is not None:
             self.comparison.end()
         self.stats.rollout_s += self.seconds - start - (self.stats.requantize_s - requantize_s)
         return self.seconds - start
 
-    def best(self, rows: int) -> int:
-        """The draft length of highest expected rate, by someone who knows this machine."""
+    def _need_nothing(self) -> set[str]:
+        drafters = self.drafters or {"quantized": self.drafter("quantized")}
+        return {name for name, drafter in drafters.items() if not drafter.prepare}
 
-        def rate(gamma: int) -> float:
-            survivals = (math.prod(self.alpha(rows, i) for i in range(k)) for k in range(gamma + 1))
-            return sum(survivals) / (gamma * self.draft(rows) + self.target(rows, gamma + 1))
+    def best(self, rows: int) -> Choice:
+        """The choice of highest expected rate, preparing aside, by someone who knows this machine."""
 
-        return max(range(9), key=rate)
+        def rate(choice: Choice) -> float:
+            drafter = self.drafter(choice.drafter or next(iter(names)))
+            survivals = (math.prod(drafter.alpha(rows, i) for i in range(k)) for k in range(choice.gamma + 1))
+            draft_s = drafter.draft_s(rows, choice.gamma) if choice.gamma else 0.0
+            return sum(survivals) / (draft_s + self.target(rows, choice.gamma + 1))
+
+        names = self.drafters or {"quantized": None}
+        return max([PLAIN, *(Choice(gamma, name) for name in names for gamma in range(1, 9))], key=rate)
 
 
 def gpu(rows: int, tokens: int) -> float:
@@ -157,7 +200,7 @@ def lengths(rows: int, seed: int, mean: int = 400) -> list[int]:
 
 
 def always(gamma: int) -> Chooser:
-    return lambda rows: gamma
+    return lambda rows: Choice(gamma, "quantized") if gamma else PLAIN
 
 
 def seconds_over_rollouts(regime: tuple, controller: Controller, seeds: Sequence[int]) -> float:

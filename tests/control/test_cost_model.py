@@ -1,10 +1,10 @@
 """Costs of measured and unmeasured sizes from noisy measurements."""
 
 import pytest
-from simulated_machine import Machine, gpu, share_of_gpu
+from simulated_machine import Machine, gpu, one_drafter, share_of_gpu
 
 from trl_selfspec.control.constants import WINDOW
-from trl_selfspec.control.controller import Controller
+from trl_selfspec.control.controller import Choice
 from trl_selfspec.control.cost_model import CostCurve, bucket
 
 
@@ -56,13 +56,14 @@ def test_a_bad_moment_does_not_rule_a_draft_length_out(monkeypatch: pytest.Monke
     if not measures_again:
         monkeypatch.setattr(CostCurve, "is_settled", lambda self, n: True)
     draft = share_of_gpu(0.3)
-    machine, controller = Machine(gpu, draft, lambda rows, i: float(i < 4), noise=0.0), Controller(4)
+    machine, controller = Machine(gpu, draft, lambda rows, i: float(i < 4), noise=0.0), one_drafter(4)
     best, other = 4, 2
     controller._candidates = range(other, best + 1, other)  # two lengths to choose from
     machine.rounds(1, controller, 5)
     for gamma, stall, rounds in ((other, 1, 20), (best, 3, 2)):
         for _ in range(rounds):
             verify_s, counts = stall * gpu(1, gamma + 1), [1] * gamma
-            controller.observe_speculative(1, gamma, gamma * draft(1), verify_s, counts, counts)
+            choice = Choice(gamma, "quantized")
+            controller.observe_speculative(1, choice, gamma * draft(1), verify_s, counts, counts)
     machine.rounds(1, controller, 3000)
-    assert machine.best(1) == best and (machine.choices[-1] == best) == measures_again
+    assert machine.best(1).gamma == best and (machine.choices[-1] == best) == measures_again

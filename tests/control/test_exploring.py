@@ -15,10 +15,11 @@ from simulated_machine import (
     cpu,
     drifting,
     gpu,
+    one_drafter,
     short_lengths,
 )
 
-from trl_selfspec.control.controller import Controller
+from trl_selfspec.control.controller import Choice, Controller
 from trl_selfspec.control.cost_model import CostCurve
 
 
@@ -34,14 +35,14 @@ class MachineOfOldPrices(Machine):
         super().__post_init__()
         self.curve, self.old_plain_seconds = CostCurve(), 0.0
 
-    def round(self, rows: int, controller: Controller | None, gamma: int) -> list[int]:
+    def round(self, rows: int, controller: Controller | None, choice: Choice) -> list[int]:
         before = self.seconds
-        gained = super().round(rows, controller, gamma)
+        gained = super().round(rows, controller, choice)
         seconds = self.seconds - before
-        if gamma == 0:
+        if choice.gamma == 0:
             self.curve.add(rows, seconds)
         price = self.curve.at(rows)
-        self.old_plain_seconds += price * sum(gained) / rows if gamma and price is not None else seconds
+        self.old_plain_seconds += price * sum(gained) / rows if choice.gamma and price is not None else seconds
         return gained
 
     def gain(self, plain_seconds: float) -> float:
@@ -60,8 +61,8 @@ def run(
     """Seconds as a share of those that plain rounds take at the same moments, the first rollouts left out."""
     *functions, _ = regime
     simulated = MachineOfOldPrices(*functions, requantize=requantize, build=build, **machine)
-    controller = Controller()
-    controller.expect_requantizing(ESTIMATE * requantize)
+    controller = one_drafter()
+    controller.expect_preparing("quantized", ESTIMATE * requantize)
     before = 0.0, 0.0
     for rollout in range(rollouts):
         if rollout == skip:
@@ -96,8 +97,8 @@ def test_requantizing_off_the_account_would_be_seen(monkeypatch: pytest.MonkeyPa
 def test_a_drafter_that_does_not_pay_is_tried_at_growing_intervals() -> None:
     """The seconds between two requantizations at least double, up to noise in when a rollout begins."""
     *functions, _ = SHORT_ROLLOUTS
-    machine, controller = Machine(*functions, requantize=REQUANTIZE, build=BUILD), Controller()
-    controller.expect_requantizing(ESTIMATE * REQUANTIZE)
+    machine, controller = Machine(*functions, requantize=REQUANTIZE, build=BUILD), one_drafter()
+    controller.expect_preparing("quantized", ESTIMATE * REQUANTIZE)
     tried = []
     for rollout in range(180):
         before = machine.stats.requantize_s
@@ -185,17 +186,19 @@ def test_the_logged_error_is_about_that_of_the_estimate() -> None:
 @pytest.mark.parametrize("slowness", [0.1, 0.3, 1.0])
 def test_a_verification_costs_at_least_a_plain_round(slowness: float) -> None:
     """Plain rounds measured in a bad moment must not make verifying look cheaper than it can be."""
-    controller = Controller()
+    controller = one_drafter()
     for _ in range(8):
         controller.choose(4)
         controller.observe_plain(4, 1.0)
     for gamma in (1, 2, 4):
         for _ in range(4):
             controller.choose(4)
-            controller.observe_speculative(4, gamma, 0.3 * gamma * slowness, 1.1 * slowness, [4] * gamma, [4] * gamma)
+            choice, draft_s = Choice(gamma, "quantized"), 0.3 * gamma * slowness
+            controller.observe_speculative(4, choice, draft_s, 1.1 * slowness, [4] * gamma, [4] * gamma)
     controller.choose(4)
-    plain, *drafting = controller._options(4)
-    draft = controller._costs.draft.at(4)
+    situation = controller._situation(4)
+    plain, drafting = situation.plain, situation.options["quantized"]
+    draft = controller._drafters["quantized"].cost.at(4)
     verify = [option.seconds - option.gamma * draft for option in drafting]
     assert all(seconds >= plain.seconds * (1 - 1e-9) for seconds in verify)
     assert all(later >= earlier * (1 - 1e-9) for earlier, later in itertools.pairwise(verify))
@@ -219,7 +222,7 @@ def test_a_price_of_few_measurements_is_bounded_by_settled_ones() -> None:
 
 def test_plain_rounds_are_sampled_while_speculating() -> None:
     """Less than 1 % of the seconds are lost to it, and no stretch of speculation is without one."""
-    machine, controller = Machine(gpu, lambda b: 3.0, constant(0.93)), Controller()
+    machine, controller = Machine(gpu, lambda b: 3.0, constant(0.93)), one_drafter()
     choices = machine.rounds(4, controller, 2000)[200:]
     plain = [i for i, gamma in enumerate(choices) if gamma == 0]
     assert len(plain) > 30 and max(b - a for a, b in itertools.pairwise(plain)) < 60

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from trl_selfspec.control.constants import PRIOR_ALPHA, PRIOR_WEIGHT, SEED_WEIGHT, SHRINK_WEIGHT
+from trl_selfspec.control.constants import PRIOR_WEIGHT, SEED_WEIGHT, SHRINK_WEIGHT
 from trl_selfspec.control.saved_state import checked, positive
 from trl_selfspec.options import MAX_DRAFT_LENGTH
 
@@ -13,11 +13,12 @@ class Acceptance:
 
     Args:
         decay: factor per round.
-        prior: gives the ratios where counts are small. With one, counts are also cut to what rounds of the current
-            size add up to, so that the last rows of a rollout are not outweighed by earlier, larger batches.
+        prior: gives alpha where counts are small, or longer-lived counts that do. With counts, these here are also cut
+            to what rounds of the current size add up to, so that the last rows of a rollout are not outweighed by
+            earlier, larger batches.
     """
 
-    def __init__(self, decay: float, prior: "Acceptance | None" = None) -> None:
+    def __init__(self, decay: float, prior: "Acceptance | float") -> None:
         self.decay = decay
         self._prior = prior
         self.accepted = [0.0] * MAX_DRAFT_LENGTH
@@ -26,7 +27,7 @@ class Acceptance:
     def add(self, accepted: Sequence[float], examined: Sequence[float], rounds: int = 1) -> None:
         """Adds the counts of one round, `rounds` rounds after the last ones."""
         factor = self.decay**rounds
-        if self._prior is not None and self.examined[0] > 0:
+        if isinstance(self._prior, Acceptance) and self.examined[0] > 0:
             factor = min(factor, examined[0] * self.decay / (1 - self.decay) / self.examined[0])
         self.scale(factor)
         for i, (a, e) in enumerate(zip(accepted, examined, strict=True)):
@@ -39,7 +40,7 @@ class Acceptance:
 
     @property
     def alpha(self) -> float:
-        prior = PRIOR_ALPHA if self._prior is None else self._prior.alpha
+        prior = self._prior.alpha if isinstance(self._prior, Acceptance) else self._prior
         return (sum(self.accepted) + prior * PRIOR_WEIGHT) / (sum(self.examined) + PRIOR_WEIGHT)
 
     def tokens_per_round(self, max_gamma: int) -> list[float]:
@@ -52,21 +53,18 @@ class Acceptance:
 
     def restart(self) -> None:
         """Starts over from the ratios of the prior, at little weight."""
-        assert self._prior is not None
+        assert isinstance(self._prior, Acceptance)
         self.accepted, self.examined = list(self._prior.accepted), list(self._prior.examined)
         self.scale(min(1.0, SEED_WEIGHT / max(sum(self.examined), 1.0)))
 
-    @classmethod
-    def from_counts(cls, decay: float, accepted: Any, examined: Any) -> "Acceptance":
-        """Restores saved counts.
+    def restore(self, accepted: Any, examined: Any) -> None:
+        """Takes over saved counts.
 
         Raises:
             ValueError: they are no such counts.
         """
-        restored = cls(decay)
         for counts in (accepted, examined):
             checked(isinstance(counts, list) and len(counts) == MAX_DRAFT_LENGTH, counts)
-        restored.accepted = [positive(count, or_zero=True) for count in accepted]
-        restored.examined = [positive(count, or_zero=True) for count in examined]
-        checked(all(a <= e for a, e in zip(restored.accepted, restored.examined, strict=True)), accepted)
-        return restored
+        self.accepted = [positive(count, or_zero=True) for count in accepted]
+        self.examined = [positive(count, or_zero=True) for count in examined]
+        checked(all(a <= e for a, e in zip(self.accepted, self.examined, strict=True)), accepted)

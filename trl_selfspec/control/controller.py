@@ -1,48 +1,63 @@
-"""Chooses the draft length of each round, from the measured costs and acceptance of earlier rounds.
+"""Chooses the drafter and the draft length of each round, from the measured costs and acceptance of earlier rounds.
 
-It maximises E[tokens per row and round | γ] / (γ · draft step + verification) over γ in 0..max; 0 is a plain round.
-`cost_model` has the seconds, `acceptance` the tokens. Sizes without a measurement are tried in real rounds, as far as
-the budget of `exploration` allows. No clock is read here and no randomness used.
+It maximises E[tokens per row and round | γ] / (draft + verification) over the drafters and γ in 0..max; 0 is a plain
+round. A draft is γ draft steps, or one pass of a matcher. `cost_model` has the seconds of plain rounds and of
+verifications, `drafters` what differs by drafter. Whatever lacks a measurement is tried in real rounds, as far as the
+budget of `exploration` allows. No clock is read here and no randomness used.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
-from trl_selfspec.control.acceptance import Acceptance
 from trl_selfspec.control.constants import (
     CHANGE_MARGIN,
-    FAST_DECAY,
     FEW_ROWS,
     FREE_PLAIN_ROUNDS,
-    MAX_AGE,
+    GIVE_UP_DRAFTS,
+    GIVE_UP_MARGIN,
+    GIVE_UP_ROLLOUTS,
     MIN_PLAIN_ROUNDS,
     PATIENT_PLAIN_ROUNDS,
     PLAIN_SHARE,
-    PRIOR_DRAFT,
     PRIOR_FLAT_ROWS,
     PROBE_SHARE,
     REACH,
-    SLOW_DECAY,
     TOGGLE_MARGIN,
 )
-from trl_selfspec.control.cost_model import RoundCosts, bucket
-from trl_selfspec.control.exploration import ExplorationBudget
-from trl_selfspec.control.saved_state import positive
+from trl_selfspec.control.cost_model import RoundCosts, VerifyCost
+from trl_selfspec.control.drafters import DrafterEstimates, DrafterTraits
+from trl_selfspec.control.exploration import DrafterAccount, ExplorationBudget
+from trl_selfspec.control.saved_state import checked, positive
 from trl_selfspec.options import MAX_DRAFT_LENGTH
 
 
-STATE_VERSION = 2
+STATE_VERSION = 3
+
+
+class Choice(NamedTuple):
+    """How to run a round."""
+
+    gamma: int  # 0: a plain round
+    drafter: str = ""  # "" for a plain round
+
+
+PLAIN = Choice(0)
 
 
 class Option(NamedTuple):
-    """A draft length and its expected tokens per row and second."""
+    """A choice and its expected tokens per row and second."""
 
-    gamma: int
+    choice: Choice
     rate: float
     ceiling: float  # the highest rate that costs of other sizes leave possible; the rate itself where known
     known: bool
     seconds: float
+
+    @property
+    def gamma(self) -> int:
+        return self.choice.gamma
 
     def loss_s(self, incumbent: "Option") -> float:
         """Seconds of a round beyond those of the incumbent for the same tokens."""
@@ -52,21 +67,32 @@ class Option(NamedTuple):
 class Trial(NamedTuple):
     """A round that is run to measure it, and the option it replaces."""
 
-    gamma: int
+    choice: Choice
     incumbent: Option
 
 
+class Situation(NamedTuple):
+    """What a decision is about."""
+
+    rows: int
+    plain: Option
+    options: dict[str, list[Option]]  # by drafter; none where its drafts or verifications were not measured yet
+    incumbent: Option  # the best known
+
+
 class Controller:
-    """Chooses γ for each round.
+    """Chooses drafter and γ for each round.
 
     Args:
+        drafters: what there is to choose from; cheap ones first, since ties go to the first.
         num_speculative_tokens: an int offers γ and 0 only, `"auto"` all lengths up to `max_speculative_tokens`.
         max_active_sequences: hard bound on the rows that speculate. With an int `num_speculative_tokens`, counts alone
-            decide: no measurement changes a choice, so runs repeat.
+            decide: the first drafter drafts and no measurement changes a choice, so runs repeat.
     """
 
     def __init__(
         self,
+        drafters: Sequence[DrafterTraits],
         num_speculative_tokens: int | Literal["auto"] = "auto",
         max_speculative_tokens: int = 8,
         max_active_sequences: int | None = None,
@@ -79,64 +105,76 @@ class Controller:
         self._max_active_sequences = max_active_sequences
         self.counts_alone = fixed is not None and max_active_sequences is not None
         self.measures = not self.counts_alone and longest > 0
-        self._gave_up: str | None = None
-        self._costs, self._budget = RoundCosts(), ExplorationBudget()
-        self._restore_acceptance(Acceptance(SLOW_DECAY))
-        self._plain_rounds = self._plain_since_draft = 0
+        self.given_up: dict[str, str] = {}  # reasons by drafter
+        self._drafters = {traits.name: DrafterEstimates(traits) for traits in drafters}
+        self._costs, self._budget = RoundCosts(), ExplorationBudget(self._drafters)
+        self._plain_rounds = 0
         self._plain_at_s = 0.0
-        self._measured_at_s: dict[tuple[int, int], float] = {}  # by row bucket and draft length
         self._rows = 0
         self.begin_rollout()
 
-    def _restore_acceptance(self, lasting: Acceptance) -> None:
-        self._lasting, self._recent = lasting, Acceptance(FAST_DECAY, prior=lasting)
+    def begin_rollout(self, ready: Collection[str] = (), contexts: Mapping[str, str] | None = None) -> None:
+        """Keeps what was learned.
 
-    def begin_rollout(self, drafter_is_current: bool = False) -> None:
-        """Keeps what was learned. A current drafter needs no requantizing before its first draft."""
-        self._budget.begin_rollout(drafter_is_current)
-        self._gamma = 0
+        Args:
+            ready: drafters that need no preparing before their first draft.
+            contexts: circumstances that a drafter's acceptance depends on, by drafter; it is learned apart for each.
+        """
+        self._give_up_the_worse()
+        self._budget.begin_rollout(ready)
+        for name, drafter in self._drafters.items():
+            drafter.begin_rollout((contexts or {}).get(name, ""))
+        self._choice = PLAIN
+        self._gains: dict[str, float] = {}  # of drafters that are ready, over plain rounds, at the last decision
         self._under_way: deque[Trial | None] = deque()  # by round chosen and not yet observed
-        self._disabled: str | None = None
-        self._recent.restart()
-        self._expected = self._recent.tokens_per_round(MAX_DRAFT_LENGTH)
+        self._disabled: dict[str, str] = {}
 
-    def expect_requantizing(self, seconds: float) -> None:
-        """Sets the estimated seconds of requantizing, which count until it was measured."""
-        self._budget.expected_requantize_s = seconds
+    def expect_preparing(self, drafter: str, seconds: float) -> None:
+        """Sets the estimated seconds of preparing, which count until it was measured."""
+        self._budget.accounts[drafter].expected_s = seconds
 
-    def give_up(self, reason: str) -> None:
-        """Chooses plain rounds from here on: there is no drafter."""
-        self._gave_up = reason
+    def observe_preparing(self, drafter: str, seconds: float, typical: bool = True) -> None:
+        """Counts the seconds of getting a current drafter, before its first round of a rollout.
 
-    def disable(self, reason: str) -> None:
-        """Chooses plain rounds until the next rollout."""
-        self._disabled = reason
+        Args:
+            typical: later rollouts will take as long; not so where the drafter was built first.
+        """
+        self._budget.add_preparing(drafter, seconds, typical)
 
-    def choose(self, rows: int) -> int:
-        """The draft length of the next round. Rounds are observed or passed over in the order of their choice."""
+    def give_up(self, drafter: str, reason: str) -> None:
+        """Never chooses this drafter again."""
+        self.given_up[drafter] = reason
+
+    def disable(self, drafter: str, reason: str) -> None:
+        """Does not choose this drafter until the next rollout."""
+        self._disabled[drafter] = reason
+
+    def choose(self, rows: int) -> Choice:
+        """How to run the next round. Rounds are observed or passed over in the order of their choice."""
         self._rows, trial = rows, None
-        if self._forbidden(rows):
-            self._gamma = 0
+        if not self._usable(rows):
+            self._choice = PLAIN
         elif self.counts_alone:
-            self._gamma = self._candidates[0]
-        elif options := self._options(rows):
-            incumbent = self._best(options)
-            if incumbent.gamma and not self._gamma:
-                self._budget.expect_to_pay()
-            self._gamma = incumbent.gamma
+            self._choice = Choice(self._candidates[0], self._usable(rows)[0].traits.name)
+        elif situation := self._situation(rows):
+            incumbent = situation.incumbent
+            if incumbent.gamma and incumbent.choice.drafter != self._choice.drafter:
+                self._budget.expect_to_pay(incumbent.choice.drafter)
+            self._choice = incumbent.choice
             if not any(self._under_way):  # one trial at a time: the cost of the last one has to be known
-                tried = self._worth_trying(rows, options, incumbent)
-                trial = None if tried in (None, incumbent.gamma) else Trial(tried, incumbent)
+                tried = self._worth_trying(situation)
+                trial = None if tried in (None, incumbent.choice) else Trial(tried, incumbent)
         self._under_way.append(trial)
-        return self._gamma if trial is None else trial.gamma
+        return self._choice if trial is None else trial.choice
 
-    def pass_over(self, rows: int = 0, gamma: int = 0, seconds: float = 0.0) -> Trial | None:
+    def pass_over(self, rows: int = 0, choice: Choice = PLAIN, seconds: float = 0.0) -> Trial | None:
         """Drops the oldest round that was chosen and not yet observed; its seconds are no measurement.
 
         The seconds of a speculative one beyond a plain round are charged: kernels were loaded or captured.
         """
-        if gamma:
-            self._budget.add_debt(max(seconds - (self.plain_seconds(rows) or 0.0), 0.0))
+        if choice.gamma:
+            account = self._budget.accounts[choice.drafter]
+            account.debt_s += max(seconds - (self.plain_seconds(rows) or 0.0), 0.0)
         return self._under_way.popleft() if self._under_way else None
 
     def plain_seconds(self, rows: int) -> float | None:
@@ -153,191 +191,308 @@ class Controller:
             self._budget.charge_trial(capped_s - 1 / trial.incumbent.rate)
         self._costs.add_plain(rows, seconds, self._budget.clock_s)
         self._plain_rounds += 1
-        self._plain_since_draft += 1
+        for drafter in self._drafters.values():
+            drafter.pass_round()
         self._budget.advance(seconds, seconds)
         self._plain_at_s = self._budget.clock_s
 
     def observe_speculative(
         self,
         rows: int,
-        gamma: int,
-        draft_s: float,  # γ draft steps
+        choice: Choice,
+        draft_s: float,
         verify_s: float,  # the target's forward and the verification of its logits
         accepted: Sequence[int],  # per position, over rows
         examined: Sequence[int],  # per position, over rows: those whose earlier positions were all accepted
     ) -> None:
+        gamma, drafter, account = choice.gamma, self._drafters[choice.drafter], self._budget.accounts[choice.drafter]
         seconds, plain_s = draft_s + verify_s, self.plain_seconds(rows)
         plain_s = seconds if plain_s is None else plain_s * (1 + sum(accepted) / examined[0])  # for the same tokens
         if trial := self.pass_over():
-            self._charge_trial(rows, gamma, seconds, trial)
+            self._charge_trial(rows, choice, seconds, trial)
         else:
-            self._budget.add_debt(seconds - plain_s)
-        self._costs.add_speculative(rows, gamma, draft_s, verify_s)
-        self._recent.add(accepted, examined, rounds=min(1 + self._plain_since_draft, MAX_AGE))
-        self._lasting.add(accepted, examined)
-        self._expected = self._recent.tokens_per_round(MAX_DRAFT_LENGTH)
-        self._plain_since_draft = 0
-        self._budget.is_ready = True
+            others = (gain for name, gain in self._gains.items() if name != choice.drafter)
+            account.debt_s += seconds - plain_s / max(others, default=1.0)
+        self._costs.add_speculative(rows, gamma, verify_s, drafter.cost, draft_s / drafter.steps(gamma))
+        account.is_ready = True
         self._budget.advance(seconds, plain_s)
-        self._measured_at_s[bucket(rows), gamma] = self._budget.clock_s
+        drafter.add(rows, gamma, accepted, examined, self._budget.clock_s)
+        for other in self._drafters.values():
+            if other is not drafter:
+                other.pass_round()
 
-    def _charge_trial(self, rows: int, gamma: int, seconds: float, trial: Trial) -> None:
+    def _charge_trial(self, rows: int, choice: Choice, seconds: float, trial: Trial) -> None:
         """Charges at most 3 times the expected seconds: outliers hit plain rounds too."""
-        expected_s = next((option.seconds for option in self._options(rows) if option.gamma == gamma), None)
+        drafter = self._drafters[choice.drafter]
+        options = self._options(drafter, rows, self._costs.verifications(rows, self._candidates))
+        expected_s = next((option.seconds for option in options if option.choice == choice), None)
         plain_s = self.plain_seconds(rows) or seconds
-        cap_s = (2 * gamma + 1) * plain_s if expected_s is None else 3 * expected_s
-        self._budget.charge_trial(min(seconds, cap_s) - self._expected[gamma] / trial.incumbent.rate)
+        cap_s = (2 * choice.gamma + 1) * plain_s if expected_s is None else 3 * expected_s
+        self._budget.charge_trial(min(seconds, cap_s) - drafter.expected[choice.gamma] / trial.incumbent.rate)
 
-    def observe_requantize(self, seconds: float, typical: bool = True) -> None:
-        """Counts the seconds of getting a current drafter, before the first speculative round of a rollout.
+    def _usable(self, rows: int) -> list[DrafterEstimates]:
+        """The drafters that may draft for so many rows."""
+        if self._is_over(rows) or self._candidates[-1] == 0:
+            return []
+        drafters = list(self._drafters.values())[: 1 if self.counts_alone else None]
+        return [d for d in drafters if d.traits.name not in self.given_up | self._disabled]
 
-        Args:
-            typical: later rollouts will take as long; not so where the drafter was built first.
-        """
-        self._budget.add_requantizing(seconds, typical)
+    def _is_over(self, rows: int) -> bool:
+        return self._max_active_sequences is not None and rows > self._max_active_sequences
 
-    def _forbidden(self, rows: int) -> bool:
-        over = self._max_active_sequences is not None and rows > self._max_active_sequences
-        return over or (self._gave_up or self._disabled) is not None or self._candidates[-1] == 0
-
-    def _options(self, rows: int) -> list[Option]:
-        """The plain round, then each γ whose cost can be estimated; none before plain rounds were measured."""
+    def _situation(self, rows: int) -> Situation | None:
+        """What there is to decide; None before plain rounds were measured."""
         plain_s = self.plain_seconds(rows)
         if plain_s is None:
+            return None
+        plain = Option(PLAIN, 1 / plain_s, 1 / plain_s, True, plain_s)
+        verifications = self._costs.verifications(rows, self._candidates)
+        options = {d.traits.name: self._options(d, rows, verifications) for d in self._usable(rows)}
+        self._gains = {
+            name: max([1.0, *(option.rate / plain.rate for option in own if option.known)])
+            for name, own in options.items()
+            if not self._budget.price_s(name)
+        }
+        return Situation(rows, plain, options, self._best(plain, list(chain(*options.values()))))
+
+    def _options(self, drafter: DrafterEstimates, rows: int, verifications: list[VerifyCost]) -> list[Option]:
+        """Each γ of a drafter whose cost can be estimated."""
+        step_s = drafter.cost.at(rows)
+        if step_s is None:
             return []
-        options = [Option(0, 1 / plain_s, 1 / plain_s, True, plain_s)]
-        for gamma, seconds, least_s, known in self._costs.speculative(rows, self._candidates):
-            tokens = self._expected[gamma]
-            options.append(Option(gamma, tokens / seconds, tokens / least_s, known, seconds))
+        options, near, least_step_s = [], drafter.cost.covers(rows), drafter.cost.floor(rows)
+        for gamma, verify_s, least_verify_s, known in verifications:
+            steps, tokens, known = drafter.steps(gamma), drafter.expected[gamma], known and near
+            seconds = self._costs.pace * (steps * step_s + verify_s)
+            least_s = seconds if known else self._costs.pace * (steps * least_step_s + least_verify_s)
+            choice = Choice(gamma, drafter.traits.name)
+            options.append(Option(choice, tokens / seconds, tokens / least_s, known, seconds))
         return options
 
-    def _best(self, options: list[Option]) -> Option:
-        """The known option of the highest rate, if it beats the current one by a margin."""
-        current = next((option for option in options if option.gamma == self._gamma), options[0])
-        best = max((option for option in options if option.known), key=lambda option: option.rate)
-        margin = CHANGE_MARGIN if current.gamma else TOGGLE_MARGIN
-        if best.rate <= margin * current.rate:
-            return current
-        pays = self._budget.pays_requantizing(current.rate / best.rate, options[0].seconds)
-        return best if pays else current
+    def _best(self, plain: Option, options: list[Option]) -> Option:
+        """The known option of the highest rate, if it beats the current one by a margin and pays for preparing."""
+        current = next((option for option in options if option.choice == self._choice), plain)
+        rest_s = self._budget.rest_plain_s
 
-    def _worth_trying(self, rows: int, options: list[Option], incumbent: Option) -> int | None:
-        """A γ to measure instead of the incumbent, if one may be faster and the budget allows it."""
-        plain, covered = options[0], self._costs.draft.covers(rows)
+        def seconds_per_token(option: Option) -> float:
+            price_s = self._budget.price_s(option.choice.drafter)
+            return 1 / option.rate + (price_s / (rest_s * plain.rate) if price_s else 0.0)
+
+        paying = [
+            option
+            for option in options
+            if option.known
+            and (
+                option.choice.drafter == current.choice.drafter
+                or self._budget.pays(option.choice.drafter, self._saving(plain, current, option.rate), plain.seconds)
+            )
+        ]
+        best = min([plain, *paying], key=seconds_per_token)
+        margin = CHANGE_MARGIN if current.gamma else TOGGLE_MARGIN
+        return best if best.rate > margin * current.rate else current
+
+    @staticmethod
+    def _saving(plain: Option, incumbent: Option, rate: float) -> float:
+        """Seconds that a higher rate saves, per second of plain rounds for the same tokens."""
+        return plain.rate / incumbent.rate - plain.rate / rate
+
+    def _worth_trying(self, situation: Situation) -> Choice | None:
+        """What to measure instead of the incumbent, if it may be faster and the budget allows it."""
+        rows, plain, incumbent = situation.rows, situation.plain, situation.incumbent
         if self._plain_rounds < (MIN_PLAIN_ROUNDS if rows <= FEW_ROWS else PATIENT_PLAIN_ROUNDS):
             return None
-        if incumbent.gamma and self._plain_is_due(rows, plain, incumbent):
-            return 0
-        if self._budget.requantize_price_s and not covered and self._promises_to_pay(rows, plain):
-            self._budget.expect_to_pay()
-            return self._candidates[0]
-        if len(options) < 2:  # a draft step or a verification was not measured yet
-            free = not self._budget.requantize_price_s and self._budget.lost_s <= FREE_PLAIN_ROUNDS * plain.seconds
-            return self._candidates[0] if free or self._budget.affords(0.0, plain.seconds) else None
-        if promising := self._promising(rows, options, incumbent):
-            option = max(promising, key=lambda option: option.ceiling) if covered else promising[0]
-        else:
-            option = self._due_again(rows, options, incumbent)
-        if option is None or not self._budget.affords(option.loss_s(incumbent), plain.seconds):
-            return None
-        return option.gamma
+        if incumbent.gamma and self._plain_is_due(situation):
+            return PLAIN
+        drafters = self._usable(rows)
+        if bet := self._bet(drafters, situation):
+            self._budget.expect_to_pay(bet)
+            return Choice(self._candidates[0], bet)
+        for drafter in drafters:
+            if not situation.options[drafter.traits.name] and self._may_begin(drafter, situation):
+                return Choice(self._candidates[0], drafter.traits.name)
+        for drafter in drafters:
+            options = situation.options[drafter.traits.name]
+            option = self._worth_measuring(drafter, situation, options) if options else None
+            if option and self._budget.affords(drafter.traits.name, option.loss_s(incumbent), plain.seconds):
+                return option.choice
+        return None
 
-    def _promising(self, rows: int, options: list[Option], incumbent: Option) -> list[Option]:
+    def _bet(self, drafters: list[DrafterEstimates], situation: Situation) -> str | None:
+        """The drafter that promises most where nothing was drafted at about this batch size, if preparing it pays."""
+        rows, plain, incumbent = situation.rows, situation.plain, situation.incumbent
+        best_rate, best = TOGGLE_MARGIN * incumbent.rate, None
+        for drafter in drafters:
+            name = drafter.traits.name
+            if self._budget.price_s(name) and not drafter.cost.covers(rows):
+                rate = self._promise(drafter, rows, plain)
+                if rate > best_rate and self._budget.may_bet(
+                    name, self._saving(plain, incumbent, rate), plain.seconds
+                ):
+                    best_rate, best = rate, name
+        return best
+
+    def _may_begin(self, drafter: DrafterEstimates, situation: Situation) -> bool:
+        """Whether to try a drafter that was not measured yet: not where it would lose with every draft accepted."""
+        rows, plain, name = situation.rows, situation.plain, drafter.traits.name
+        if self._promise(drafter, rows, plain, at_best=True) <= TOGGLE_MARGIN * situation.incumbent.rate:
+            return False
+        free = not self._budget.price_s(name) and self._budget.lost_s <= FREE_PLAIN_ROUNDS * plain.seconds
+        return free or self._budget.affords(name, 0.0, plain.seconds)
+
+    def _promise(self, drafter: DrafterEstimates, rows: int, plain: Option, at_best: bool = False) -> float:
+        """The rate that a drafter should have at a batch size at which it was not measured.
+
+        A draft is taken to cost the share of a plain round that it does at other batch sizes, and a verification as
+        much as a plain round with as many tokens, where neither was measured.
+
+        Args:
+            at_best: every draft is accepted, and a verification without a measurement costs a plain round.
+        """
+        curve, share = self._costs.plain, drafter.traits.prior_cost
+        usual_s = curve.at(rows)
+        assert usual_s is not None, "there are options"
+        if drafter.cost.largest:
+            other, step_s = drafter.cost.nearest(rows)
+            share = step_s / (curve.at(other) or step_s)
+        measured = self._costs.verifications(rows, self._candidates) if self._costs.has_verified(rows) else []
+        best = plain.rate
+        for i, gamma in enumerate(self._candidates):
+            verify = 1.0 if rows <= PRIOR_FLAT_ROWS or at_best else gamma + 1.0
+            if measured:
+                verify = (measured[i].least_s if at_best else measured[i].seconds) / usual_s
+            elif len(curve.sizes) > 1 and not at_best:
+                verify = max(1.0, (curve.at(rows * (gamma + 1)) or 0.0) / usual_s)
+            tokens = gamma + 1 if at_best else drafter.expected[gamma]
+            best = max(best, plain.rate * tokens / (drafter.steps(gamma) * share + verify))
+        return best
+
+    def _worth_measuring(
+        self, drafter: DrafterEstimates, situation: Situation, options: list[Option]
+    ) -> Option | None:
+        """A draft length that may be better than known, or whose measurements are old."""
+        if promising := self._promising(situation, options):
+            covered = drafter.cost.covers(situation.rows)
+            return max(promising, key=lambda option: option.ceiling) if covered else promising[0]
+        return self._due_again(drafter, situation, options)
+
+    def _promising(self, situation: Situation, options: list[Option]) -> list[Option]:
         """Unknown options that may beat the incumbent and are not far longer than what was measured."""
+        rows = situation.rows
         reach = REACH * max(self._costs.verify_curve(rows).largest, rows)
         return [
             option
             for option in options
             if not option.known
-            and option.ceiling > TOGGLE_MARGIN * incumbent.rate
+            and option.ceiling > TOGGLE_MARGIN * situation.incumbent.rate
             and (rows * (option.gamma + 1) <= reach or len(self._candidates) == 1)
         ]
 
-    def _promises_to_pay(self, rows: int, plain: Option) -> bool:
-        """Whether requantizing should pay where nothing was drafted at about this batch size.
-
-        A draft step is taken to cost the share of a plain round that it does at other batch sizes, and a verification
-        as much as a plain round with as many tokens.
-        """
-        curve, share = self._costs.plain, PRIOR_DRAFT
-        usual_s = curve.at(rows)
-        assert usual_s is not None, "there are options"
-        if self._costs.draft.largest:
-            other, draft_s = self._costs.draft.nearest(rows)
-            share = draft_s / (curve.at(other) or draft_s)
-        promise = plain.rate
-        for gamma in self._candidates:
-            verify = 1.0 if rows <= PRIOR_FLAT_ROWS else gamma + 1.0
-            if curve.count > 1:
-                verify = max(1.0, (curve.at(rows * (gamma + 1)) or 0.0) / usual_s)
-            promise = max(promise, plain.rate * self._expected[gamma] / (gamma * share + verify))
-        enough = promise > TOGGLE_MARGIN * plain.rate
-        return enough and self._budget.pays_requantizing(plain.rate / promise, plain.seconds)
-
-    def _plain_is_due(self, rows: int, plain: Option, incumbent: Option) -> bool:
+    def _plain_is_due(self, situation: Situation) -> bool:
         """Whether to run a plain round while speculating: their price must be recent, and its pace certain."""
-        if not self._costs.plain.has(rows) or self._costs.pace_is_odd:
+        if not self._costs.plain.has(situation.rows) or self._costs.pace_is_odd:
             return True
-        return self._least_loss_s(plain, plain, incumbent) <= PLAIN_SHARE * (self._budget.clock_s - self._plain_at_s)
+        loss_s = self._least_loss_s(situation.plain, situation)
+        return loss_s <= PLAIN_SHARE * (self._budget.clock_s - self._plain_at_s)
 
-    def _due_again(self, rows: int, options: list[Option], incumbent: Option) -> Option | None:
-        """A known option to measure again: the other side of the gate, and draft lengths with few measurements.
+    def _due_again(self, drafter: DrafterEstimates, situation: Situation, options: list[Option]) -> Option | None:
+        """A known option to measure again: the best of a drafter not in use, or lengths with few measurements.
 
         A round of it must lose little against the time since its last one. Otherwise a bad moment, or an acceptance of
         former rows, would rule it out for good.
         """
-        if incumbent.gamma:
+        rows, incumbent = situation.rows, situation.incumbent
+        if incumbent.choice.drafter == drafter.traits.name:
             curve = self._costs.verify_curve(rows)
-            others = [o for o in options[1:] if o.known and not curve.is_settled(rows * (o.gamma + 1))]
+            others = [o for o in options if o.known and not curve.is_settled(rows * (o.gamma + 1))]
         else:
-            others = [max(options[1:], key=lambda option: option.rate)]
+            others = [max(options, key=lambda option: option.rate)]
 
         def due(other: Option) -> bool:
-            since_s = self._budget.clock_s - self._measured_at_s.get((bucket(rows), other.gamma), 0.0)
-            return self._least_loss_s(other, options[0], incumbent) <= PROBE_SHARE * since_s
+            since_s = self._budget.clock_s - drafter.measured_at_s(rows, other.gamma)
+            return self._least_loss_s(other, situation) <= PROBE_SHARE * since_s
 
         return max((other for other in others if due(other)), key=lambda option: option.rate, default=None)
 
     @staticmethod
-    def _least_loss_s(option: Option, plain: Option, incumbent: Option) -> float:
+    def _least_loss_s(option: Option, situation: Situation) -> float:
         """The loss of a round of the option, at least a tenth of a plain round, so that it is not run all the time."""
-        return max(option.loss_s(incumbent), 0.1 * plain.seconds)
+        return max(option.loss_s(situation.incumbent), 0.1 * situation.plain.seconds)
+
+    def _give_up_the_worse(self) -> None:
+        """Ends drafters that lose clearly to another at every batch size, rollout after rollout.
+
+        Matchers are left: they hold no weights, and what there is to copy changes. Of the others only those are
+        compared that drafted in the same rollout, so that what training does to acceptance is in both.
+        """
+        drafted = [d for d in self._drafters.values() if d.has_drafted and not d.traits.per_round]
+        rivals = [d for d in drafted if d.traits.name not in self.given_up]
+        for worse in rivals if len(rivals) > 1 else ():
+            lost = [(b, why) for b in rivals if b is not worse and (why := self._why_worse(worse, b))]
+            worse.losses = worse.losses + 1 if lost else 0
+            for better, why in lost[:1]:
+                num_examined = min(worse.num_examined, better.num_examined)
+                if worse.losses >= GIVE_UP_ROLLOUTS and num_examined >= GIVE_UP_DRAFTS:
+                    self.give_up(worse.traits.name, why)
+
+    def _why_worse(self, worse: DrafterEstimates, better: DrafterEstimates) -> str | None:
+        """The figures at the size at which the two are closest, if the one loses clearly at every size."""
+        gains = []
+        for rows in worse.cost.sizes:
+            mine, theirs = self._gain(worse, rows), self._gain(better, rows)
+            if not mine or not theirs or theirs <= GIVE_UP_MARGIN * mine:
+                return None
+            gains.append((theirs / mine, rows, mine, theirs))
+        if not gains:
+            return None
+        _, rows, mine, theirs = min(gains)
+        return (
+            f"{better.traits.name} gives {theirs:.2f}x the tokens per second of plain rounds at {_count(rows)} and this "
+            f"one {mine:.2f}x, no closer at any other batch size measured"
+        )
+
+    def _gain(self, drafter: DrafterEstimates, rows: int) -> float | None:
+        """Its best rate over plain rounds' at a batch size; None where it is not known."""
+        options = self._options(drafter, rows, self._costs.verifications(rows, self._candidates))
+        plain_s = self.plain_seconds(rows)
+        return None if plain_s is None else max((o.rate * plain_s for o in options if o.known), default=None)
 
     def explain(self) -> str:
         """Why the last choice was made, in one sentence."""
-        rows, gamma = self._rows, self._gamma
-        where = f"at {rows} row{'s' if rows != 1 else ''}"
+        rows, (gamma, name) = self._rows, self._choice
+        where = f"at {_count(rows)}"
         if self._candidates[-1] == 0:
             return "off: num_speculative_tokens is 0"
-        if self._gave_up is not None:
-            return f"off for good: {self._gave_up}"
-        if self._disabled is not None:
-            return f"off for the rest of this rollout: {self._disabled}"
-        if self._forbidden(rows):
+        if not self._drafters.keys() - self.given_up.keys():
+            return f"off for good: {_by_drafter(self.given_up)}"
+        if not self._drafters.keys() - self.given_up.keys() - self._disabled.keys():
+            return f"off for the rest of this rollout: {_by_drafter(self._disabled)}"
+        if self._is_over(rows):
             return f"off {where}: max_active_sequences is {self._max_active_sequences}"
         if self.counts_alone:
-            return f"on {where} with γ = {gamma}: max_active_sequences is {self._max_active_sequences}"
-        options = self._options(rows)
-        if len(options) < 2:
-            return f"off {where}: {'drafting' if options else 'a plain round'} has not been measured yet"
-        return self._explain_by_costs(where, *options)
+            return f"on {where} with γ = {gamma} ({name}): max_active_sequences is {self._max_active_sequences}"
+        situation = self._situation(rows)
+        if situation is None or not any(situation.options.values()):
+            return f"off {where}: {'drafting' if situation else 'a plain round'} has not been measured yet"
+        return self._explain_by_costs(where, situation.plain, list(chain(*situation.options.values())))
 
-    def _explain_by_costs(self, where: str, plain: Option, *drafts: Option) -> str:
-        best = max(drafts, key=lambda option: option.rate)
-        shown = next((option for option in drafts if option.gamma == self._gamma), best)
-        draft = (self._costs.draft.at(self._rows) or 0.0) * self._costs.pace / plain.seconds
-        gain = shown.rate / plain.rate
+    def _explain_by_costs(self, where: str, plain: Option, options: list[Option]) -> str:
+        best = max(options, key=lambda option: option.rate)
+        shown = next((option for option in options if option.choice == self._choice), best)
+        gamma, name = shown.choice
+        drafter, gain = self._drafters[name], shown.rate / plain.rate
+        cost = (drafter.cost.at(self._rows) or 0.0) * self._costs.pace / plain.seconds
         figures = (
-            f"a draft step costs {draft:.2f} and a verify {shown.seconds / plain.seconds - shown.gamma * draft:.2f} "
-            f"of a plain round, so at the measured acceptance of {self._recent.alpha:.2f}"
+            f"a draft{'' if drafter.traits.per_round else ' step'} costs {cost:.2f} and a verify "
+            f"{shown.seconds / plain.seconds - drafter.steps(gamma) * cost:.2f} of a plain round, so at the measured "
+            f"acceptance of {drafter.recent.alpha:.2f}"
         )
-        if self._gamma:
-            return f"on {where} with γ = {self._gamma}: {figures} it gives {gain:.2f}x"
+        if self._choice.gamma:
+            return f"on {where} with γ = {gamma} ({name}): {figures} it gives {gain:.2f}x"
         if gain > TOGGLE_MARGIN:
-            caveat = ", too little to pay for requantizing the drafter" if shown.known else ", still to be measured"
+            caveat = ", too little to pay for preparing the drafter" if shown.known else ", still to be measured"
         else:
             caveat = f", and a switch has to promise {TOGGLE_MARGIN:.2f}x" if gain > 1 else ""
-        return f"off {where}: {figures} the best draft length ({shown.gamma}) would give {gain:.2f}x{caveat}"
+        return f"off {where}: {figures} the best draft length of {name} ({gamma}) would give {gain:.2f}x{caveat}"
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned, as JSON-able values, without settings and the rollout in progress."""
@@ -345,13 +500,12 @@ class Controller:
             "version": STATE_VERSION,
             **self._costs.state(),
             **self._budget.state(),
-            "accepted": list(self._lasting.accepted),
-            "examined": list(self._lasting.examined),
             "plain_rounds": self._plain_rounds,
+            "drafters": {name: d.state() | self._budget.drafter_state(name) for name, d in self._drafters.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state_dict()`.
+        """Goes on from `state_dict()`; drafters that it lacks are learned anew.
 
         Raises:
             ValueError: it is of another version, or not such a state; nothing is changed then.
@@ -359,14 +513,27 @@ class Controller:
         if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
             raise ValueError(f"Not a controller state of version {STATE_VERSION}: start without it.")
         try:
+            saved = checked(isinstance(state["drafters"], dict), state["drafters"]) and state["drafters"]
             costs, budget = RoundCosts.from_state(state), ExplorationBudget.from_state(state)
-            lasting = Acceptance.from_counts(SLOW_DECAY, state["accepted"], state["examined"])
             plain_rounds = int(positive(state["plain_rounds"], or_zero=True))
+            known = {name: self._drafters.get(name, DrafterEstimates(DrafterTraits(name))) for name in saved}
+            restored = {name: DrafterEstimates.from_state(d.traits, saved[name]) for name, d in known.items()}
         except (KeyError, TypeError, ValueError) as error:  # a name or a list is missing, or a number is out of range
             raise ValueError(f"Not a controller state ({error!r}): start without it.") from error
-        budget.expected_requantize_s = self._budget.expected_requantize_s
+        for name, drafter in self._drafters.items():
+            self._drafters[name] = restored.get(name, DrafterEstimates(drafter.traits))
+            account = budget.accounts.setdefault(name, DrafterAccount())
+            account.expected_s = self._budget.accounts[name].expected_s
+        budget.accounts = {name: budget.accounts[name] for name in self._drafters}
         self._costs, self._budget, self._plain_rounds = costs, budget, plain_rounds
-        self._restore_acceptance(lasting)
         self._plain_at_s = budget.clock_s
-        self._plain_since_draft, self._measured_at_s = 0, {}
         self.begin_rollout()
+
+
+def _count(rows: int) -> str:
+    return f"{rows} row{'s' if rows != 1 else ''}"
+
+
+def _by_drafter(reasons: dict[str, str]) -> str:
+    """The reasons; with several, each with its drafter."""
+    return "; ".join(f"{name}: {why}" if len(reasons) > 1 else why for name, why in reasons.items())

@@ -1,4 +1,4 @@
-"""Seconds of plain rounds, draft steps and verifications by size, from the measurements of a noisy machine."""
+"""Seconds of plain rounds and verifications by size, from the measurements of a noisy machine."""
 
 from bisect import bisect_left
 from collections import deque
@@ -72,13 +72,12 @@ class CostCurve:
     def largest(self) -> float:
         return self._points[-1][0] if self._points else 0.0
 
+    @property
+    def sizes(self) -> list[int]:
+        return [round(n) for n, _ in self._points]
+
     def covers(self, n: int, reach: float = REACH) -> bool:
         return any(n / reach <= count <= n * reach for count, _ in self._points)
-
-    @property
-    def count(self) -> int:
-        """Sizes measured."""
-        return len(self._points)
 
     def has(self, n: int) -> bool:
         """Whether this very size, or one of its bucket, was measured."""
@@ -132,24 +131,24 @@ def _interpolate(points: list[tuple[float, float]], n: float) -> float:
     return s1 + min(max(slope, 0.0), s1 / n1) * (n - n1)
 
 
-class RoundCost(NamedTuple):
-    """The estimated seconds of a round of draft steps and a verification."""
+class VerifyCost(NamedTuple):
+    """The estimated seconds of verifying drafts of one length, at pace 1."""
 
     gamma: int
     seconds: float
-    least_s: float  # by what other sizes cost; the same where known
+    least_s: float  # by what was measured at other sizes
     known: bool  # measured at this size or near it
 
 
 class RoundCosts:
-    """Seconds of rounds at the machine's current pace.
+    """Seconds of plain rounds and verifications, and the machine's current pace.
 
     Curves hold seconds at pace 1, that of the first plain rounds. The last plain rounds give the pace, so the speed of
     the machine may drift.
     """
 
     def __init__(self) -> None:
-        self.plain, self.draft, self.verify = CostCurve(), CostCurve(), CostCurve()
+        self.plain, self.verify = CostCurve(), CostCurve()
         self.verify_by_rows: dict[int, CostCurve] = {}  # by bucket; a curve of tokens alone leaves attention out
         self.pace = 1.0
         self.pace_is_odd = False  # the last plain round differs, and no other has confirmed it yet
@@ -160,41 +159,43 @@ class RoundCosts:
         seconds = self.plain.at(rows)
         return None if seconds is None else seconds * self.pace
 
-    def speculative(self, rows: int, draft_lengths: Sequence[int]) -> list[RoundCost]:
-        """The cost of each draft length; none before a draft step and a verification were measured.
+    def verifications(self, rows: int, draft_lengths: Sequence[int]) -> list[VerifyCost]:
+        """The cost of verifying each draft length; none before a verification was measured.
 
         A verification computes all that a plain round over the same rows does, so it never costs less.
         """
-        plain, draft, verify = self.plain.at(rows), self.draft.at(rows), self.verify_curve(rows)
-        if plain is None or draft is None or not verify.largest:
+        plain, verify = self.plain.at(rows), self.verify_curve(rows)
+        if plain is None or not verify.largest:
             return []
-        costs, near, anchor, longest = [], self.draft.covers(rows), (rows, plain), max(verify.largest, rows)
-        verify_s = plain
+        costs, anchor, longest = [], (rows, plain), max(verify.largest, rows)
+        seconds = plain
         for gamma in draft_lengths:
             n = rows * (gamma + 1)
-            verify_s = max(verify_s, verify.above(anchor, n))  # never less than of a shorter draft
-            seconds = least_s = self.pace * (gamma * draft + verify_s)
-            known = near and n <= REACH_VERIFY * verify.largest
-            if not known:
-                least_verify_s = max(plain, verify.above(anchor, min(n, longest)))
-                least_s = self.pace * (gamma * self.draft.floor(rows) + least_verify_s)
-            costs.append(RoundCost(gamma, seconds, least_s, known))
+            seconds = max(seconds, verify.above(anchor, n))  # never less than of a shorter draft
+            known = n <= REACH_VERIFY * verify.largest
+            least_s = max(plain, verify.above(anchor, min(n, longest)))
+            costs.append(VerifyCost(gamma, seconds, least_s, known))
         return costs
 
     def verify_curve(self, rows: int) -> CostCurve:
         """Verifications over `rows` rows by tokens; those over any rows before there was one."""
-        own = self.verify_by_rows.get(bucket(rows))
-        return own if own is not None and own.largest else self.verify
+        return self.verify_by_rows[bucket(rows)] if self.has_verified(rows) else self.verify
 
     def add_plain(self, rows: int, seconds: float, now_s: float) -> None:
         self._update_pace(rows, seconds, now_s)
         if len(self._paces) >= SURE_PACES or not self.plain.has(rows):
             self.plain.add(rows, seconds / self.pace)
 
-    def add_speculative(self, rows: int, gamma: int, draft_s: float, verify_s: float) -> None:
+    def has_verified(self, rows: int) -> bool:
+        """Whether a verification over about so many rows was measured."""
+        own = self.verify_by_rows.get(bucket(rows))
+        return own is not None and own.largest > 0
+
+    def add_speculative(self, rows: int, gamma: int, verify_s: float, draft: CostCurve, draft_s: float) -> None:
+        """Counts a verification, and in the drafter's curve what a draft step cost."""
         if self.pace_is_odd:  # the pace to divide by is uncertain
             return
-        self.draft.add(rows, draft_s / gamma / self.pace)
+        draft.add(rows, draft_s / self.pace)
         for curve in (self.verify, self.verify_by_rows.setdefault(bucket(rows), CostCurve())):
             curve.add(rows * (gamma + 1), verify_s / self.pace)
 
@@ -214,7 +215,6 @@ class RoundCosts:
     def state(self) -> dict[str, Any]:
         return {
             "plain": self.plain.state(),
-            "draft": self.draft.state(),
             "verify": self.verify.state(),
             "verify_by_rows": [[rows, curve.state()] for rows, curve in sorted(self.verify_by_rows.items())],
             "pace": self.pace,
@@ -223,9 +223,7 @@ class RoundCosts:
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "RoundCosts":
         costs = cls()
-        costs.plain, costs.draft, costs.verify = (
-            CostCurve.from_state(state[name]) for name in ("plain", "draft", "verify")
-        )
+        costs.plain, costs.verify = CostCurve.from_state(state["plain"]), CostCurve.from_state(state["verify"])
         for rows, curve in state["verify_by_rows"]:
             costs.verify_by_rows[int(positive(rows))] = CostCurve.from_state(curve)
         costs.pace = positive(state["pace"])

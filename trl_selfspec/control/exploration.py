@@ -1,10 +1,12 @@
-"""The budget of exploring: the seconds that trials, requantizing and first uses of kernels may lose in all rollouts.
+"""The budget of exploring: the seconds that trials, preparing drafters and first uses of kernels may lose.
 
-A trial round is charged for the seconds it takes beyond those of the best known choice for its tokens. Requantizing is
-a debt that speculation pays off within the rollout; the rest of it is charged at the end.
+It is one for all drafters and rollouts. A trial round is charged for the seconds it takes beyond those of the best
+known choice for its tokens. Preparing a drafter is a debt that its rounds pay off within the rollout, as far as they
+are faster than what could be done without it; the rest is charged at the end.
 """
 
 from collections import deque
+from collections.abc import Collection, Iterable
 from statistics import median_low
 from typing import Any
 
@@ -19,46 +21,71 @@ from trl_selfspec.control.constants import (
 from trl_selfspec.control.saved_state import positive
 
 
-class ExplorationBudget:
-    """Accounts of one engine over its rollouts. All values are seconds."""
+class DrafterAccount:
+    """What preparing one drafter costs, and whether that was won back. All values are seconds."""
 
     def __init__(self) -> None:
+        self.expected_s = 0.0  # of preparing: an estimate, until it was measured
+        self.prepare_s: deque[float] = deque(maxlen=3)
+        self.failures = 0  # rollouts in a row in which preparing did not pay
+        self._balance_s = 0.0  # won and lost by preparing since the last failure, at most its price
+        self.begin_rollout(is_ready=False)
+
+    def begin_rollout(self, is_ready: bool) -> None:
+        self.is_ready = is_ready  # a draft needs no preparing first
+        self.debt_s = 0.0  # preparing and first uses, less what its rounds have won since
+        self.spent_s = 0.0  # on preparing in this rollout
+        self.expected_to_pay = False  # within the rollout, so that the budget did not have to cover it
+
+    @property
+    def price_s(self) -> float:
+        """The extra seconds of a first draft: a current drafter. 0 where there is one."""
+        if self.is_ready or self.spent_s:
+            return 0.0
+        return median_low(self.prepare_s) if self.prepare_s else self.expected_s
+
+    @property
+    def owed_s(self) -> float:
+        return max(self.debt_s, 0.0)
+
+    def add_preparing(self, seconds: float, typical: bool) -> None:
+        if typical:
+            self.prepare_s.append(seconds)
+        self.spent_s += seconds
+        self.debt_s += seconds
+
+    def close(self) -> None:
+        """Draws the balance of a rollout. After losses, the next preparing has to wait twice as long."""
+        if not (self.spent_s and self.prepare_s):  # the first drafter had to be built, and began late
+            return
+        price_s = median_low(self.prepare_s)
+        won_s = (0.0 if self.expected_to_pay else self.spent_s) - self.debt_s
+        self._balance_s = min(self._balance_s + won_s, price_s)
+        if self._balance_s < -price_s or (won_s <= 0 and not self.expected_to_pay):
+            self.failures, self._balance_s = min(self.failures + 1, MAX_FAILURES), 0.0
+        elif won_s > 0:
+            self.failures = 0
+
+
+class ExplorationBudget:
+    """Accounts of one engine over its rollouts, by drafter where preparing is concerned. All values are seconds."""
+
+    def __init__(self, drafters: Iterable[str]) -> None:
+        self.accounts = {name: DrafterAccount() for name in drafters}
         self.clock_s = 0.0  # of all rollouts
         self.lost_s = 0.0  # charged, of all rollouts
-        self.expected_requantize_s = 0.0  # an estimate, until it was measured
-        self._requantize_s: deque[float] = deque(maxlen=3)
-        self._failures = 0  # rollouts in a row in which requantizing did not pay
-        self._balance_s = 0.0  # won and lost by requantizing since the last failure, at most its price
         self._rollouts_plain_s: deque[float] = deque(maxlen=ROLLOUTS)
         self._rollout_plain_s = 0.0  # of plain rounds for the tokens of this rollout, estimated
-        self._begin(drafter_is_current=False)
+        self._rollout_s = self._trials_s = 0.0  # seconds of this rollout, and those charged for its trials
 
-    def begin_rollout(self, drafter_is_current: bool) -> None:
-        self._close_account()
+    def begin_rollout(self, ready: Collection[str]) -> None:
+        self.lost_s = self._owed_s
+        for name, account in self.accounts.items():
+            account.close()
+            account.begin_rollout(name in ready)
         if self._rollout_plain_s:
             self._rollouts_plain_s.append(self._rollout_plain_s)
-        self._begin(drafter_is_current)
-
-    def _begin(self, drafter_is_current: bool) -> None:
-        self.is_ready = drafter_is_current  # a draft needs no requantizing first
-        self._rollout_s = self._rollout_plain_s = 0.0
-        self._trials_s = 0.0  # charged for trials in this rollout
-        self._debt_s = 0.0  # requantizing and first uses, less what speculation has won since
-        self._requantized_s = 0.0  # spent on requantizing in this rollout
-        self._expected_to_pay = False  # within the rollout, so that the budget did not have to cover it
-
-    def _close_account(self) -> None:
-        """Charges the rest of the debt. After losses, the next drafter has to wait twice as long."""
-        self.lost_s += max(self._debt_s, 0.0)
-        if not (self._requantized_s and self._requantize_s):  # the first drafter had to be built, and began late
-            return
-        price_s = median_low(self._requantize_s)
-        won_s = (0.0 if self._expected_to_pay else self._requantized_s) - self._debt_s
-        self._balance_s = min(self._balance_s + won_s, price_s)
-        if self._balance_s < -price_s or (won_s <= 0 and not self._expected_to_pay):
-            self._failures, self._balance_s = min(self._failures + 1, MAX_FAILURES), 0.0
-        elif won_s > 0:
-            self._failures = 0
+        self._rollout_s = self._rollout_plain_s = self._trials_s = 0.0
 
     def advance(self, seconds: float, plain_s: float) -> None:
         """Counts a round and the seconds that plain rounds take for its tokens."""
@@ -70,81 +97,96 @@ class ExplorationBudget:
         self._trials_s += max(seconds, 0.0)
         self.lost_s += max(seconds, 0.0)
 
-    def add_debt(self, seconds: float) -> None:
-        """A loss, or, if negative, a gain that pays debts off."""
-        self._debt_s += seconds
+    def add_preparing(self, drafter: str, seconds: float, typical: bool) -> None:
+        """Counts the preparing before a drafter's first draft of a rollout; `typical` if later ones take as long."""
+        account = self.accounts[drafter]
+        if not account.is_ready:
+            self.clock_s += seconds
+            account.add_preparing(seconds, typical)
 
-    def add_requantizing(self, seconds: float, typical: bool) -> None:
-        """Counts the requantizing before the first draft of a rollout; `typical` if later ones will take as long."""
-        if self.is_ready:
-            return
-        if typical:
-            self._requantize_s.append(seconds)
-        self.clock_s += seconds
-        self._requantized_s += seconds
-        self.add_debt(seconds)
+    def expect_to_pay(self, drafter: str) -> None:
+        """Notes that the rest of the rollout should pay for the preparing that comes next."""
+        account = self.accounts[drafter]
+        account.expected_to_pay |= account.price_s > 0
 
-    def expect_to_pay(self) -> None:
-        """Notes that the rest of the rollout should pay for the requantizing that comes next."""
-        self._expected_to_pay |= self.requantize_price_s > 0
+    def price_s(self, drafter: str) -> float:
+        """The seconds of preparing that a draft needs first; 0 for a plain round."""
+        return self.accounts[drafter].price_s if drafter else 0.0
 
     @property
-    def requantize_price_s(self) -> float:
-        """The extra seconds of a first draft: a current drafter. 0 where there is one."""
-        if self.is_ready or self._requantized_s:
-            return 0.0
-        return median_low(self._requantize_s) if self._requantize_s else self.expected_requantize_s
+    def rest_plain_s(self) -> float:
+        """Plain rounds for the rest of the rollout. One that takes longer than usual may take longer still."""
+        past_s = self._rollout_plain_s - self._usual_rollout_s
+        return max(-past_s, past_s / 2)
 
     @property
     def _usual_rollout_s(self) -> float:
         """In plain rounds; 0 before the first rollout."""
         return sum(self._rollouts_plain_s) / max(len(self._rollouts_plain_s), 1)
 
-    def pays_requantizing(self, share: float, plain_s: float) -> bool:
-        """Whether the rest of the rollout, shortened to this share, makes up for requantizing, with a margin.
+    def pays(self, drafter: str, saving: float, plain_s: float) -> bool:
+        """Whether the rest of the rollout makes up for preparing, with a margin.
 
         After a rollout in which it did not pay, the budget has to cover it too.
-        """
-        price_s = self.requantize_price_s
-        if price_s == 0:
-            return True
-        past_s = self._rollout_plain_s - self._usual_rollout_s
-        rest_s = max(-past_s, past_s / 2)  # a rollout that takes longer than usual may take longer still
-        pays = rest_s * (1 - share) > PAYBACK * price_s
-        return pays and (not self._failures or self.affords(0.0, plain_s))
 
-    def affords(self, loss_s: float, plain_s: float) -> bool:
-        """Whether the budget covers a trial, and the requantizing that it needs with some rounds to make use of it."""
-        if self._requantized_s:
-            return self._trials_s + loss_s <= TRIAL_PLAIN_ROUNDS * plain_s + BUDGET * self._rollout_s
-        price_s = self.requantize_price_s
+        Args:
+            saving: seconds saved per second of plain rounds for the same tokens.
+            plain_s: of a plain round.
+        """
+        account = self.accounts[drafter]
+        if account.price_s == 0:
+            return True
+        pays = self.rest_plain_s * saving > PAYBACK * account.price_s
+        return pays and (not account.failures or self.affords(drafter, 0.0, plain_s))
+
+    def may_bet(self, drafter: str, saving: float, plain_s: float) -> bool:
+        """The same for a saving that nothing was measured of.
+
+        While another drafter's preparing has not paid, the budget has to cover this one: a policy or machine that is
+        bad for one is often bad for all.
+        """
+        others = (account for name, account in self.accounts.items() if name != drafter)
+        is_sole = not any(account.failures or (account.spent_s and account.owed_s) for account in others)
+        return self.pays(drafter, saving, plain_s) and (is_sole or self.affords(drafter, 0.0, plain_s))
+
+    def affords(self, drafter: str, loss_s: float, plain_s: float) -> bool:
+        """Whether the budget covers a trial, and the preparing that it needs with some rounds to make use of it."""
+        account = self.accounts[drafter]
+        if account.spent_s:
+            prepared = sum(account.spent_s > 0 for account in self.accounts.values())
+            return self._trials_s + loss_s <= prepared * TRIAL_PLAIN_ROUNDS * plain_s + BUDGET * self._rollout_s
+        price_s = account.price_s
         if price_s:
             if self._rollout_plain_s > self._usual_rollout_s / 2:
                 return False  # the rest is too short, and its rows too few, to learn much
-            price_s *= 2**self._failures if self._requantize_s else FIRST_ENTRY
+            price_s *= 2**account.failures if account.prepare_s else FIRST_ENTRY
             price_s += TRIAL_PLAIN_ROUNDS * plain_s
         return self._owed_s + max(loss_s, 0.0) + price_s <= BUDGET * self.clock_s
 
     @property
     def _owed_s(self) -> float:
-        return self.lost_s + max(self._debt_s, 0.0)
+        return self.lost_s + sum(account.owed_s for account in self.accounts.values())
 
     def state(self) -> dict[str, Any]:
         current = [self._rollout_plain_s] if self._rollout_plain_s else []
         return {
             "clock_s": self.clock_s,
             "wasted_s": self._owed_s,
-            "failures": self._failures,
             "rollouts_s": [*self._rollouts_plain_s, *current],
-            "requantize_s": list(self._requantize_s),
         }
+
+    def drafter_state(self, drafter: str) -> dict[str, Any]:
+        account = self.accounts[drafter]
+        return {"failures": account.failures, "prepare_s": list(account.prepare_s)}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "ExplorationBudget":
-        budget = cls()
+        budget = cls(state["drafters"])
         budget.clock_s = positive(state["clock_s"], or_zero=True)
         budget.lost_s = positive(state["wasted_s"], or_zero=True)
-        budget._failures = min(int(positive(state["failures"], or_zero=True)), MAX_FAILURES)
         budget._rollouts_plain_s.extend(positive(seconds) for seconds in state["rollouts_s"])
-        budget._requantize_s.extend(positive(seconds, or_zero=True) for seconds in state["requantize_s"])
+        for name, account in budget.accounts.items():
+            saved = state["drafters"][name]
+            account.failures = min(int(positive(saved["failures"], or_zero=True)), MAX_FAILURES)
+            account.prepare_s.extend(positive(seconds, or_zero=True) for seconds in saved["prepare_s"])
         return budget
