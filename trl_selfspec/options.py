@@ -43,17 +43,6 @@ class SelfSpecOptions:
         "optimum-quanto type of the drafter's Linear weights: `qint4`, `qint8`, `qfloat8`, or `auto` to choose by "
         "device and dtype.",
     )
-    drafter: Literal["auto", "quantized", "suffix"] = _option(
-        "auto",
-        "What drafts: `quantized`, the policy itself with quantized weights; `suffix`, what the row, its siblings of "
-        "the same prompt and the last epoch's completions said after the same tokens, which costs nothing and needs "
-        "no memory for weights; `auto` lets measured costs and acceptance choose for every round.",
-    )
-    history: bool = _option(
-        True,
-        "Keep the newest completions of each prompt, on the host, for `suffix` drafts of the next epoch: at most 64 "
-        "million tokens. They never change a sample, so checkpoints need not hold them.",
-    )
     num_speculative_tokens: int | Literal["auto"] = _option(
         "auto",
         "Tokens drafted per round. An integer fixes the number, `auto` adapts it to the measured acceptance and "
@@ -90,6 +79,19 @@ class SelfSpecOptions:
         "auto",
         "Whether to capture rounds in CUDA graphs. `auto` runs eagerly what can't be captured, after one warning; "
         "`True` raises there, and without a GPU.",
+    )
+
+    drafter: Literal["auto", "quantized", "suffix"] = _option(
+        "auto",
+        "What drafts: `quantized`, the policy itself with quantized weights; `suffix`, what the row, its siblings of "
+        "the same prompt and the last epoch's completions said after the same tokens, which costs nothing and needs "
+        "no memory for weights; `auto` lets measured costs and acceptance choose for every round. Where counts alone "
+        "decide (see `max_active_sequences`), `auto` is `quantized`.",
+    )
+    history: bool = _option(
+        True,
+        "Keep the newest completions of each prompt, on the host, for `suffix` drafts of the next epoch: at most 64 "
+        "million tokens. They never change a sample, so checkpoints need not hold them.",
     )
 
     def __post_init__(self) -> None:

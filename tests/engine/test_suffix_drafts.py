@@ -14,7 +14,7 @@ from tiny_models import Schedule, built_once, force_page_size, ragged_prompts, t
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from trl_selfspec.control.controller import DrafterTraits
+from trl_selfspec.control.drafters import DrafterTraits
 from trl_selfspec.drafter import suffix_drafter
 from trl_selfspec.drafter.protocol import Batch, Drafter, DraftRunner
 from trl_selfspec.drafter.suffix_drafter import SuffixDrafter

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from trl_selfspec.control.controller import DrafterTraits
+from trl_selfspec.control.drafters import DrafterTraits
 from trl_selfspec.control.stats import RolloutStats
 from trl_selfspec.kv_cache.paged_cache import PagedCache
 from trl_selfspec.sampling.samplers import Sampler

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trl_selfspec.control.controller import DrafterTraits
+from trl_selfspec.control.drafters import DrafterTraits
 from trl_selfspec.drafter.protocol import Batch, Drafter, DraftError, DraftRunner
 from trl_selfspec.drafter.quantized_linear import QuantizedLinear
 from trl_selfspec.drafter.quantized_weight import make_quantized_weight

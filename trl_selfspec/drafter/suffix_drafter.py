@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trl_selfspec.control.controller import DrafterTraits
+from trl_selfspec.control.drafters import DrafterTraits
 from trl_selfspec.control.stats import RolloutStats
 from trl_selfspec.drafter.history import CompletionHistory, Conversations
 from trl_selfspec.drafter.matching import MAX_MATCH, longest_suffix_match

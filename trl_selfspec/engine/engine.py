@@ -102,7 +102,7 @@ class SelfSpecEngine:
         self.options = options or SelfSpecOptions()
         self.autocast_dtype, self.param_dtype = autocast_dtype, param_dtype
         self._controller, self._policy, self._capture = controller, model, capture
-        self._history = CompletionHistory() if self.options.history else None
+        self._history = CompletionHistory() if self.options.keeps_history else None
         self._refresh_s = 0.0
         self._build()
 
@@ -163,7 +163,7 @@ class SelfSpecEngine:
     @property
     def history(self) -> CompletionHistory | None:
         """Completions kept for later drafts; `None` where none are."""
-        return self._history if "suffix" in self.drafters else None
+        return self._history
 
     def remember(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> None:
         """Keeps completions for later drafts. `generate` does so by itself with what it generates.

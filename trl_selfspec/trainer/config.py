@@ -69,8 +69,6 @@ class SelfSpecConfigMixin:
         },
     )
     selfspec_draft_qtype: str = _option("draft_qtype")
-    selfspec_drafter: str = _option("drafter")
-    selfspec_history: bool = _option("history")
     # HfArgumentParser gives one type to an argument. It picks `str` for these unions; `__post_init__` reads numbers.
     selfspec_num_speculative_tokens: int | str | None = _option("num_speculative_tokens")
     selfspec_max_speculative_tokens: int = _option("max_speculative_tokens")
@@ -80,6 +78,8 @@ class SelfSpecConfigMixin:
     selfspec_max_batch_size: int | None = _option("max_batch_size")
     selfspec_kv_memory_fraction: float = _option("kv_memory_fraction")
     selfspec_cuda_graphs: int | str | None = _option("cuda_graphs")
+    selfspec_drafter: str = _option("drafter")
+    selfspec_history: bool = _option("history")
 
     def __post_init__(self) -> None:
         self.selfspec_num_speculative_tokens = _from_text(self.selfspec_num_speculative_tokens)

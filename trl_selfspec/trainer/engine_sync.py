@@ -95,7 +95,7 @@ class EngineSync:
         Raises:
             ValueError: it is not such a state; nothing is changed then.
         """
-        Controller().load_state_dict(state)  # validates it before there is an engine
+        Controller([]).load_state_dict(state)  # validates it before there is an engine
         self._state = state
         if self.engine is not None:
             self.engine.load_state_dict(state)
