@@ -151,12 +151,12 @@ def drafts_that_stand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def one_history_for_all_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    process = ModelRunner._process
+    process = ModelRunner.process
 
     def flat(self: ModelRunner, logits: Tensor, lengths: Tensor) -> Tensor:
         return torch.cat([process(self, logits[:, k : k + 1], lengths) for k in range(logits.shape[1])], 1)
 
-    monkeypatch.setattr(ModelRunner, "_process", flat)
+    monkeypatch.setattr(ModelRunner, "process", flat)
 
 
 @pytest.mark.parametrize(

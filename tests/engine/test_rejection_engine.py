@@ -16,6 +16,7 @@ from tiny_models import Schedule, built_once, spoil, tiny_model
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
+from trl_selfspec.drafter.quantized_drafter import QuantizedDrafter
 from trl_selfspec.engine.engine import RolloutOutput, SelfSpecEngine
 from trl_selfspec.engine.model_runner import ModelRunner
 from trl_selfspec.options import SelfSpecOptions
@@ -187,17 +188,17 @@ def mutated_rejection(old: str, new: str) -> Sabotage:
 
 
 def histories_shifted_in_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    process = ModelRunner._process
+    process = ModelRunner.process
 
     def shifted(self: ModelRunner, logits: Tensor, lengths: Tensor) -> Tensor:
         return process(self, logits, lengths - 1 if logits.shape[1] > 1 else lengths)
 
-    monkeypatch.setattr(ModelRunner, "_process", shifted)
+    monkeypatch.setattr(ModelRunner, "process", shifted)
 
 
 def histories_shifted_in_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    process = ModelRunner._process
-    monkeypatch.setattr(ModelRunner, "_process", lambda self, logits, lengths: process(self, logits, lengths - 1))
+    process = ModelRunner.process
+    monkeypatch.setattr(ModelRunner, "process", lambda self, logits, lengths: process(self, logits, lengths - 1))
 
 
 def parameters_missing_in_the_recorded_draft_law(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,13 +243,14 @@ def numbers_keyed_by_the_round(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def the_drafter_verifies_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = ModelRunner._forward
+    forward = ModelRunner.forward
 
     def wrong_model(self: ModelRunner, model: torch.nn.Module, positions: Tensor, num_slots: int) -> Tensor:
-        assert self.drafter is not None
-        return forward(self, self.drafter, positions, num_slots)
+        drafter = next(drafter for drafter in self.observers if isinstance(drafter, QuantizedDrafter))
+        assert drafter.module is not None
+        return forward(self, drafter.module, positions, num_slots)
 
-    monkeypatch.setattr(ModelRunner, "_forward", wrong_model)
+    monkeypatch.setattr(ModelRunner, "forward", wrong_model)
 
 
 SABOTAGE: dict[str, Sabotage] = {

@@ -55,14 +55,25 @@ def rollout(family: str, law: str, verification: str) -> Rollout:
         requests, BatchedLogitsProcessor.from_generation_config(model, config, "cpu"), 0, None, False
     )
     made._admit()
-    made._draft_with_current_weights()
+    made._prepare(made.drafters["qint8"])
     return made
 
 
 def run(made: Rollout) -> list[Tensor]:
-    runner, drafts = made.runner, Program("draft", 3, 64)
-    plain = runner._plain(Program("plain", 3, 64))
-    return [plain, runner._draft(drafts), runner._draft(drafts), runner._verify(Program("verify", 3, 64, gamma=2))]
+    runner, sizes = made.runner, (3, 64)
+    quantized, suffix = (made.drafters[name] for name in ("qint8", "suffix"))
+    step, match, verify = (
+        Program("draft", *sizes),
+        Program("match", *sizes, gamma=2),
+        Program("verify", *sizes, gamma=2),
+    )
+    return [
+        runner._plain(Program("plain", *sizes)),
+        *(runner._draft(quantized, step) for _ in range(2)),
+        runner._verify(runner.sampler, verify),
+        runner._draft(suffix, match),
+        runner._verify(runner.token_sampler, verify),
+    ]
 
 
 @pytest.mark.parametrize("verification", ["rejection", "coupled"])

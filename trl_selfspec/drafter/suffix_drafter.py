@@ -72,7 +72,7 @@ class SuffixDrafter(Drafter):
         for row_id in sorted(range(len(prompts)), key=lambda row_id: -len(prompts[row_id])):  # the longest first
             self._roots[row_id] = self._conversations.root_of(self._roots[row_id])
         texts, slots = self._layout(width)
-        moved = self._reserve(len(texts) + 1, width, len(prompts))
+        moved = self._reserve(max(len(texts), 2 * len(prompts)) + 1, width, len(prompts))  # history comes later
         self._write(texts)
         self._slots[:, : len(prompts)] = to_device(slots, self._device)
         return moved

@@ -101,10 +101,19 @@ class SelfSpecEngine:
     ) -> None:
         self.options = options or SelfSpecOptions()
         self.autocast_dtype, self.param_dtype = autocast_dtype, param_dtype
-        self._controller, self._policy, self._capture = controller, model, capture
+        self._policy, self._capture = model, capture
         self._history = CompletionHistory() if self.options.keeps_history else None
         self._refresh_s = 0.0
         self._build()
+        self.controller = controller or Controller(
+            [drafter.traits for drafter in self.drafters.values()],
+            self.options.num_speculative_tokens,
+            self.options.max_speculative_tokens,
+            self.options.max_active_sequences,
+        )
+        if self.controller.measures:  # before the first rollout: it imports quanto, which takes seconds
+            for name, drafter in self.drafters.items():
+                self.controller.expect_preparing(name, drafter.estimate_seconds())
 
     def _build(self) -> None:
         """Everything that depends on the policy's architecture and on the layout of its tensors."""
@@ -118,7 +127,6 @@ class SelfSpecEngine:
         self._replica.mark_current()
         self.draft_qtype = resolve_qtype(self.options.draft_qtype, self.device, self._dtype)
         self.drafters = {drafter.traits.name: drafter for drafter in self._make_drafters()}
-        self._begin_control()
         kv_dtype = self.autocast_dtype  # None: the dtype of the keys themselves
         num_layers = self._replica.num_layers
         with self._forward_context():
@@ -142,23 +150,6 @@ class SelfSpecEngine:
         if options.drafter != "quantized":
             drafters.append(SuffixDrafter(self._history, self.device))
         return drafters if options.longest_draft else []
-
-    def _begin_control(self) -> None:
-        if self._controller is None:
-            self._controller = Controller(
-                [drafter.traits for drafter in self.drafters.values()],
-                self.options.num_speculative_tokens,
-                self.options.max_speculative_tokens,
-                self.options.max_active_sequences,
-            )
-        if self._controller.measures:  # before the first rollout: it imports quanto, which takes seconds
-            for name, drafter in self.drafters.items():
-                self._controller.expect_preparing(name, drafter.estimate_seconds())
-
-    @property
-    def controller(self) -> Controller:
-        assert self._controller is not None, "it is made with the drafters"
-        return self._controller
 
     @property
     def history(self) -> CompletionHistory | None:
