@@ -1,4 +1,4 @@
-"""Runs in each of several processes: training runs whose outcome `test_distributed.py` reads from one file per rank.
+"""Runs in each of several processes: training runs whose outcome tests read from one file per rank.
 
 torchrun --nproc_per_node 2 tests/distributed_worker.py ddp|fsdp|history|zero2|zero3 OUTPUT_DIR
 """
