@@ -1,6 +1,6 @@
-"""Runs in each of several processes: training runs whose outcome `test_distributed.py` reads from one file per rank.
+"""Runs in each of several processes: training runs whose outcome tests read from one file per rank.
 
-torchrun --nproc_per_node 2 tests/distributed_worker.py ddp|fsdp|zero2|zero3 OUTPUT_DIR
+torchrun --nproc_per_node 2 tests/distributed_worker.py ddp|fsdp|history|zero2|zero3 OUTPUT_DIR
 """
 
 import gc
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
+from datasets import Dataset
 from fsdp_on_cpu import allow_fsdp_on_cpu
 from peft import LoraConfig
 from tool_runs import MAX_COMPLETION, double, make_tool_tokenizer, tool_dataset, tool_policy
@@ -25,7 +26,7 @@ from trl_selfspec import SelfSpecEngine, SelfSpecGRPOTrainer
 from trl_selfspec.policy.refusals import UnsupportedModelError
 from trl_selfspec.policy.replica import PolicyReplica
 from trl_selfspec.policy.sharding import fingerprint, gathered, gathered_partitions
-from trl_selfspec.trainer import engine_sync
+from trl_selfspec.trainer import engine_sync, mixin
 from trl_selfspec.trainer.engine_sync import autocast_dtype, fsdp_param_dtype
 
 
@@ -181,6 +182,57 @@ def without_refresh(folder: Path) -> dict[str, Any]:
         SelfSpecEngine.refresh, PolicyReplica.stale = refresh, stale  # type: ignore[method-assign]
 
 
+class _Recurring(_Counting):
+    """Keeps each generation's rows, and what the history held of their prompts before."""
+
+    def _generate(self, prompts: list) -> Any:
+        output = super()._generate(prompts)
+        self.generations[-1] |= {"known": self.known, "rows": list(zip(*output[:2], strict=True))}
+        return output
+
+    def _engine_rollout(self, prompt_ids: list[list[int]]) -> Any:
+        history: Any = getattr(self._engine, "history", None)
+        distinct = {tuple(prompt): prompt for prompt in prompt_ids}.values()
+        self.known = [[prompt, [list(ids) for ids in history.get(prompt)] if history else []] for prompt in distinct]
+        return super()._engine_rollout(prompt_ids)
+
+
+def two_epochs(folder: Path, **overrides: Any) -> dict[str, Any]:
+    """12 prompts, 3 a generation. They are shuffled anew in each epoch."""
+    dataset = Dataset.from_list([{"prompt": f"{number}+{number % 5}="} for number in range(12)])
+    return run(folder, None, _Recurring, train_dataset=dataset, **{"max_steps": 8} | overrides)
+
+
+def each_rank_remembers_its_own(folder: Path) -> dict[str, Any]:
+    """Negative control."""
+    gathered_rows = mixin.gathered_rows
+    mixin.gathered_rows = lambda *rows: rows  # type: ignore[assignment]
+    try:
+        return two_epochs(folder)
+    finally:
+        mixin.gathered_rows = gathered_rows
+
+
+def without_history(folder: Path) -> dict[str, Any]:
+    return two_epochs(folder, selfspec_history=False)
+
+
+def a_rollout_fails_on_one_rank(folder: Path) -> dict[str, Any]:
+    generate, calls = SelfSpecEngine.generate, []
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 2 and rank() == 1:
+            raise RuntimeError("this rank alone failed")
+        return generate(*args, **kwargs)
+
+    SelfSpecEngine.generate = failing  # type: ignore[method-assign]
+    try:
+        return two_epochs(folder, max_steps=3)
+    finally:
+        SelfSpecEngine.generate = generate  # type: ignore[method-assign]
+
+
 def with_lora(folder: Path) -> dict[str, Any]:
     peft_config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     return run(folder, trainer_kwargs={"peft_config": peft_config})
@@ -251,6 +303,7 @@ SUITES = {
         unsupported_on_one_rank,
         bf16_logits,
     ],
+    "history": [two_epochs, each_rank_remembers_its_own, without_history, a_rollout_fails_on_one_rank],
     "zero2": [stopped_and_resumed, with_lora],
     "zero3": [stopped_and_resumed, with_evaluation, with_lora, without_refresh],
 }

@@ -63,13 +63,14 @@ def eager_suffix_match(
     is_own, length = group == slots[:, None], lengths[slots]
 
     # Before its beginning a text is padded. Matches that go on there are cut below.
-    earlier = F.pad(texts[:, :width][group], (MAX_MATCH, 0))  # (B, G, MAX_MATCH + W): [j + MAX_MATCH] is token j
+    position = torch.arange(width, dtype=torch.int32, device=texts.device)
+    text = texts[group[:, :, None], position]  # (B, G, W); a slice would compile anew where `width` is all of it
+    earlier = F.pad(text, (MAX_MATCH, 0))  # [j + MAX_MATCH] is token j
     match = torch.zeros((), dtype=torch.int8, device=texts.device)
     for n in reversed(range(MAX_MATCH)):
         token = texts[slots, (length - 1 - n).clamp(min=0)]  # (B,), n before the last
         equal = earlier[:, :, MAX_MATCH - 1 - n : MAX_MATCH - 1 - n + width] == token[:, None, None]
         match = (match + 1) * equal  # (B, G, W): how many tokens agree from the one n before the last on
-    position = torch.arange(width, dtype=torch.int32, device=texts.device)
     most = position.minimum(length[:, None, None]).clamp(max=MAX_MATCH)  # (B, 1, W)
 
     # (match, position) and (match, own, slot, position) as digits of one number: the best candidate's is the largest.

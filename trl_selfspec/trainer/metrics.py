@@ -3,6 +3,8 @@
 import json
 import os
 import time
+from array import array
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -51,6 +53,19 @@ class GenerationStats(Counters):
         for stats in gather_object([self]):
             total += stats
         return total
+
+
+def gathered_rows(
+    prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
+) -> tuple[list["array[int]"], list["array[int]"]]:
+    """Prompts and completions of all ranks, in the same order on each of them. Collective."""
+    prompts: dict[tuple[int, ...], array[int]] = {}  # equal prompts are one array, which pickle sends once
+    rows = [
+        (prompts.setdefault(tuple(prompt), array("i", prompt)), array("i", completion))
+        for prompt, completion in zip(prompt_ids, completion_ids, strict=True)
+    ]
+    rows = gather_object(rows)
+    return [prompt for prompt, _ in rows], [completion for _, completion in rows]
 
 
 def gathered_difference(
