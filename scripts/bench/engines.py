@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from bench.device import Stopwatch
 from bench.vllm_engine import VllmEngine
 from bench.workload import Workload
 from trl_selfspec.control.stats import RolloutStats
-from trl_selfspec.drafter.quantized_drafter import requantize
+from trl_selfspec.drafter.quantized_drafter import QuantizedDrafter, requantize
 from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.sampling.samplers import RejectionSampler, VerifyResult
@@ -143,10 +144,7 @@ class SyntheticEngine(SelfSpecEngine):
 
     def __init__(self, model: PreTrainedModel, options: SelfSpecOptions, acceptance: float) -> None:
         super().__init__(model, options)
-        self.acceptance = acceptance
-
-    def _verification(self, seed: Tensor) -> SyntheticVerification:
-        return SyntheticVerification(seed, self.options.longest_draft, self.acceptance)
+        self._sampler = SyntheticVerification(self._seed, options.longest_draft, acceptance)
 
 
 class OwnEngine:
@@ -177,14 +175,17 @@ class OwnEngine:
         self.refresh_s, self.stats = self.stats.refresh_s, RolloutStats()
 
     def requantize_s(self, repeats: int = 3) -> list[float]:
-        """Seconds of quantizing all weights into the drafter that is there; empty where nothing was ever drafted."""
-        if (drafter := self.engine.drafters[self.engine.draft_qtype].module) is None:
+        """Seconds of quantizing all weights into the drafters that are there; empty where there is none."""
+        drafters = [drafter for drafter in self.engine.drafters.values() if isinstance(drafter, QuantizedDrafter)]
+        modules = [drafter.module for drafter in drafters if drafter.module is not None]
+        if not modules:
             return []
         self.model.requires_grad_(True)  # frozen weights are not quantized again
         seconds = []
         for _ in range(repeats):
             with Stopwatch(self.model.device) as watch:
-                requantize(drafter, self.engine._replica)
+                for module in modules:
+                    requantize(module, self.engine._replica)
             seconds.append(watch.seconds)
         self.model.requires_grad_(False)
         return seconds
@@ -209,7 +210,7 @@ def engine_makers(
     def selfspec() -> SelfSpecEngine:
         if synthetic_acceptance is None:
             return SelfSpecEngine(model, options)
-        return SyntheticEngine(model, options, synthetic_acceptance)
+        return SyntheticEngine(model, replace(options, drafter="quantized"), synthetic_acceptance)
 
     makers: dict[str, Callable[[], Engine]] = {
         "stock": lambda: StockEngine(model),
