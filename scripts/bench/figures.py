@@ -80,8 +80,9 @@ def own_figures(stats: RolloutStats, rollouts: int, traffic: Traffic) -> dict[st
 
 
 def step_costs(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Milliseconds by size as a controller learned them: plain rounds by rows, verifying by tokens, and by drafter draft
-    steps by rows. A step of suffix drafts is a whole draft.
+    """Milliseconds by size as a controller learned them: plain rounds and draft steps by rows, verifying by tokens.
+
+    A step of suffix drafts is a whole draft.
 
     Args:
         state: `SelfSpecEngine.state_dict()`.
