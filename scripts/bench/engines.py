@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from bench.device import Stopwatch
 from bench.vllm_engine import VllmEngine
 from bench.workload import Workload
 from trl_selfspec.control.stats import RolloutStats
-from trl_selfspec.drafter.quantized_drafter import requantize
+from trl_selfspec.drafter.quantized_drafter import QuantizedDrafter, requantize
 from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.options import SelfSpecOptions
 from trl_selfspec.sampling.samplers import RejectionSampler, VerifyResult
@@ -30,13 +31,13 @@ class Engine(Protocol):
     def rollout(self, workload: Workload, seed: int) -> list[list[int]]: ...
 
 
-def _generation_config(max_new_tokens: int, **kwargs: Any) -> GenerationConfig:
+def _generation_config(workload: Workload, **kwargs: Any) -> GenerationConfig:
     """What TRL builds from GRPOConfig's defaults, without end-of-sequence tokens."""
     return GenerationConfig(
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max(workload.lengths),
         do_sample=True,
         pad_token_id=0,
-        temperature=1.0,
+        temperature=workload.temperature,
         top_p=1.0,
         top_k=0,
         repetition_penalty=1.0,
@@ -73,7 +74,7 @@ class StockEngine:
         output = self.model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=torch.tensor(padded, device=device),
             attention_mask=torch.tensor(mask, device=device),
-            generation_config=_generation_config(max(workload.lengths)),
+            generation_config=_generation_config(workload),
             stopping_criteria=StoppingCriteriaList([ForcedLengths(width, workload.lengths, device)]),
         )
         completions = output[:, width:].tolist()
@@ -91,14 +92,13 @@ class ContinuousEngine:
     @torch.no_grad()
     def rollout(self, workload: Workload, seed: int) -> list[list[int]]:
         torch.manual_seed(seed)
-        longest = max(workload.lengths)
         hints = WorkloadHints(
             max_prompt_length=max(map(len, workload.prompt_ids)),
-            max_generated_length=longest,
+            max_generated_length=max(workload.lengths),
             num_requests=len(workload.prompt_ids),
         )
         with self.model.continuous_batching_context_manager(  # pyright: ignore[reportCallIssue]
-            generation_config=_generation_config(longest, eos_token_id=-1),
+            generation_config=_generation_config(workload, eos_token_id=-1),
             continuous_batching_config=ContinuousBatchingConfig(max_memory_percent=TRL_CB_MEMORY_PERCENT),
             block=True,
             timeout=5,
@@ -144,32 +144,23 @@ class SyntheticEngine(SelfSpecEngine):
 
     def __init__(self, model: PreTrainedModel, options: SelfSpecOptions, acceptance: float) -> None:
         super().__init__(model, options)
-        self.acceptance = acceptance
-
-    def _verification(self, seed: Tensor) -> SyntheticVerification:
-        return SyntheticVerification(seed, self.options.longest_draft, self.acceptance)
+        self._sampler = SyntheticVerification(self._seed, options.longest_draft, acceptance)
 
 
 class OwnEngine:
     """Ours: `plain` with 0 drafted tokens, `selfspec` otherwise; each rollout ends as a trainer's does."""
 
-    def __init__(
-        self, model: PreTrainedModel, options: SelfSpecOptions, synthetic_acceptance: float | None = None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, build: Callable[[], SelfSpecEngine]) -> None:
         self.model = model
         with Stopwatch(model.device) as watch:
-            self.engine = (
-                SelfSpecEngine(model, options)
-                if synthetic_acceptance is None
-                else SyntheticEngine(model, options, synthetic_acceptance)
-            )
+            self.engine = build()
         self.build_s = watch.seconds
         self.warmup_s: list[float] = []  # of whole rollouts before the timed ones
         self.stats = RolloutStats()  # of the timed rollouts
         self.refresh_s = 0.0  # quantizing the drafter, which these constant weights need only once, at the first draft
 
     def rollout(self, workload: Workload, seed: int) -> list[list[int]]:
-        config = _generation_config(max(workload.lengths))
+        config = _generation_config(workload)
         output = self.engine.generate(workload.prompt_ids, config, seed=seed, max_new_tokens=workload.lengths)
         self.engine.release()
         self.stats += output.stats
@@ -184,14 +175,17 @@ class OwnEngine:
         self.refresh_s, self.stats = self.stats.refresh_s, RolloutStats()
 
     def requantize_s(self, repeats: int = 3) -> list[float]:
-        """Seconds of quantizing all weights into the drafter that is there; empty where nothing was ever drafted."""
-        if (drafter := self.engine.drafters[self.engine.draft_qtype].module) is None:
+        """Seconds of quantizing all weights into the drafters that are there; empty where there is none."""
+        drafters = [drafter for drafter in self.engine.drafters.values() if isinstance(drafter, QuantizedDrafter)]
+        modules = [drafter.module for drafter in drafters if drafter.module is not None]
+        if not modules:
             return []
         self.model.requires_grad_(True)  # frozen weights are not quantized again
         seconds = []
         for _ in range(repeats):
             with Stopwatch(self.model.device) as watch:
-                requantize(drafter, self.engine._replica)
+                for module in modules:
+                    requantize(module, self.engine._replica)
             seconds.append(watch.seconds)
         self.model.requires_grad_(False)
         return seconds
@@ -212,11 +206,17 @@ def engine_makers(
         options: those of `selfspec`.
         path: where the model's weights are, for vLLM; `None` for random ones.
     """
+
+    def selfspec() -> SelfSpecEngine:
+        if synthetic_acceptance is None:
+            return SelfSpecEngine(model, options)
+        return SyntheticEngine(model, replace(options, drafter="quantized"), synthetic_acceptance)
+
     makers: dict[str, Callable[[], Engine]] = {
         "stock": lambda: StockEngine(model),
         "continuous": lambda: ContinuousEngine(model),
         "vllm": lambda: VllmEngine(model, workload, vllm_python, path),
-        "plain": lambda: OwnEngine(model, SelfSpecOptions(num_speculative_tokens=0)),
-        "selfspec": lambda: OwnEngine(model, options, synthetic_acceptance),
+        "plain": lambda: OwnEngine(model, lambda: SelfSpecEngine(model, SelfSpecOptions(num_speculative_tokens=0))),
+        "selfspec": lambda: OwnEngine(model, selfspec),
     }
     return {name: makers[name] for name in names}

@@ -55,7 +55,16 @@ def own_figures(stats: RolloutStats, rollouts: int, traffic: Traffic) -> dict[st
     if stats.num_rounds_speculative:
         figures["draft_step_ms"] = 1e3 * stats.draft_s / stats.draft_steps
         figures["verify_ms"] = 1e3 * stats.verify_s / stats.num_rounds_speculative
-        figures["draft_weight_bytes_per_s"] = stats.draft_steps * stats.drafter_bytes / stats.draft_s
+        figures["drafters"] = {
+            name: {
+                "rounds": own.rounds / rollouts,
+                "draft_ms": 1e3 * own.draft_s / own.rounds,
+                "mean_acceptance_length": own.mean_acceptance_length,
+            }
+            for name, own in stats.by_drafter.items()
+        }
+        if len(stats.by_drafter) == 1 and "suffix" not in stats.by_drafter:  # else it reads no weights, or of several
+            figures["draft_weight_bytes_per_s"] = stats.draft_steps * stats.drafter_bytes / stats.draft_s
         figures["verify_weight_bytes_per_s"] = (
             stats.num_rounds_speculative * traffic.weights_read_bytes / stats.verify_s
         )
@@ -70,11 +79,21 @@ def own_figures(stats: RolloutStats, rollouts: int, traffic: Traffic) -> dict[st
     return figures | {name: value for name in OPTIONAL_BYTES if (value := getattr(stats, name, 0))}
 
 
-def step_costs(state: dict[str, Any]) -> dict[str, dict[str, float]]:
+def step_costs(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Milliseconds by size as a controller learned them: plain rounds and draft steps by rows, verifying by tokens.
+
+    A step of suffix drafts is a whole draft.
 
     Args:
         state: `SelfSpecEngine.state_dict()`.
     """
-    kinds = {"plain_ms_by_rows": "plain", "draft_step_ms_by_rows": "draft", "verify_ms_by_tokens": "verify"}
-    return {name: {f"{n:g}": 1e3 * seconds for _, n, seconds in state[kind]} for name, kind in kinds.items()}
+
+    def ms(curve: list[list[float]]) -> dict[str, float]:
+        return {f"{n:g}": 1e3 * seconds for _, n, seconds in curve}
+
+    drafters = {name: costs for name, drafter in state["drafters"].items() if (costs := ms(drafter["draft"]))}
+    return {
+        "plain_ms_by_rows": ms(state["plain"]),
+        "verify_ms_by_tokens": ms(state["verify"]),
+        "draft_step_ms_by_rows": drafters,
+    }

@@ -103,7 +103,7 @@ def table(result: dict[str, Any]) -> str:
     lines.append("")
     for name, figures in result["engines"].items():
         tokens_per_s = figures["tokens_per_s"]["median"]
-        line = f"{name:<11}{_format_spread(figures['seconds'], ' s'):<28}{tokens_per_s:9.1f} tokens/s"
+        line = f"{name:<15}{_format_spread(figures['seconds'], ' s'):<28}{tokens_per_s:9.1f} tokens/s"
         parts = [f"{part} {s:.2f}" for part, s in figures.get("component_s", {}).items() if s]
         lines.append(line + (f"   seconds: {', '.join(parts)}" if parts else ""))
         if accepted := figures.get("acceptance"):
@@ -114,11 +114,14 @@ def table(result: dict[str, Any]) -> str:
                 f"speculative rounds {100 * accepted['speculative_round_fraction']:.0f} %",
                 f"first at {accepted['toggle_active_sequences']:.1f} rows",
             ]
-            lines.append(f"{'':<11}{', '.join(parts)}")
+            lines.append(f"{'':<15}{', '.join(parts)}")
+        for drafter, own in figures.get("drafters", {}).items():
+            tokens = own["mean_acceptance_length"]
+            lines.append(f"{'':<15}{drafter}: {own['rounds']:.0f} rounds of {tokens:.2f} tokens a row")
         if figures.get("gate"):
-            lines.append(f"{'':<11}{figures['gate']}")
+            lines.append(f"{'':<15}{figures['gate']}")
     lines.append("")
-    lines += [f"{pair:<20}{_format_spread(values, 'x')}" for pair, values in result["ratios"].items()]
+    lines += [f"{pair:<26}{_format_spread(values, 'x')}" for pair, values in result["ratios"].items()]
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ that the model itself ended.
 import math
 import random
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -133,6 +134,7 @@ class Workload:
 
     prompt_ids: list[list[int]]
     lengths: list[int]
+    temperature: float = 1.0
 
     @property
     def num_tokens(self) -> int:
@@ -146,7 +148,15 @@ class Workload:
 
     def shortened(self, fraction: float) -> "Workload":
         """The same rows with every length scaled down: the warm-up."""
-        return Workload(self.prompt_ids, [max(1, math.ceil(fraction * length)) for length in self.lengths])
+        lengths = [max(1, math.ceil(fraction * length)) for length in self.lengths]
+        return Workload(self.prompt_ids, lengths, self.temperature)
+
+    @classmethod
+    def joined(cls, workloads: "Sequence[Workload]") -> "Workload":
+        """All rows of several rollouts, to be counted."""
+        prompt_ids = [prompt for workload in workloads for prompt in workload.prompt_ids]
+        lengths = [length for workload in workloads for length in workload.lengths]
+        return cls(prompt_ids, lengths, workloads[0].temperature)
 
     def check(self, completion_ids: list[list[int]], engine: str) -> None:
         """Raise `RuntimeError` unless each row has exactly its forced length."""

@@ -30,7 +30,7 @@ class Faulty:
 
 def test_an_engine_that_fails_leaves_the_others_their_results(capsys: pytest.CaptureFixture[str]) -> None:
     """When it is built, in its warm-up and in a repeat: half an hour of a GPU must not be lost to one of three."""
-    bench = bench_rollout.Bench(Workload([[1], [2]], [20, 30]), torch.device("cpu"), seed=0)
+    bench = bench_rollout.Bench([Workload([[1], [2]], [20, 30])], torch.device("cpu"), seed=0)
     bench.add("none", lambda: Faulty(int("none")), 1)
     for name, good in {"cold": 0, "late": 2, "sound": 9}.items():
         bench.add(name, lambda good=good: Faulty(good), 1)
