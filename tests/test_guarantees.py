@@ -1,6 +1,7 @@
 """docs/guarantees.md names tests that exist, for every law and every control."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def missing(text: str) -> list[str]:
     return [f"{file}::{name}" for file, name in NAMED.findall(text) if name not in _defined(TESTS / file)]
 
 
+@functools.cache
 def _defined(file: Path) -> set[str]:
     if not file.exists():
         return set()

@@ -1,10 +1,12 @@
 """Greedy output is `model.generate`'s, token for token, in fp32, for every architecture that the engine supports."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from pairwise import pairwise
 from tiny_models import FAMILIES, Schedule, built_once, force_page_size, ragged_prompts, spoil, tiny_model
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -20,6 +22,8 @@ PROMPTS = ragged_prompts(LENGTHS)
 NEW_TOKENS = 24
 EOS = list(range(20, 32))  # so many that rows end at different times
 
+model_of = functools.cache(tiny_model)  # no test here changes one
+
 
 def greedy_config(eos: int | list[int] | None = None, new_tokens: int = NEW_TOKENS) -> GenerationConfig:
     return GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=0)
@@ -28,7 +32,14 @@ def greedy_config(eos: int | list[int] | None = None, new_tokens: int = NEW_TOKE
 def generate_with_transformers(
     model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig
 ) -> list[list[int]]:
-    """`model.generate` on prompts of one length at a time: batches without padding."""
+    """`model.generate` on prompts of one length at a time: batches without padding. Once, however many tests ask."""
+    return _completions(model, tuple(map(tuple, prompts)), config)
+
+
+@functools.cache
+def _completions(
+    model: PreTrainedModel, prompts: tuple[tuple[int, ...], ...], config: GenerationConfig
+) -> list[list[int]]:
     completions: list[list[int]] = [[] for _ in prompts]
     for length in {len(prompt) for prompt in prompts}:
         rows = [row for row, prompt in enumerate(prompts) if len(prompt) == length]
@@ -58,7 +69,7 @@ def options(gamma: int, **values: object) -> SelfSpecOptions:
 
 @pytest.fixture(scope="module")
 def llama() -> PreTrainedModel:
-    return tiny_model("llama")
+    return model_of("llama")
 
 
 @pytest.fixture
@@ -83,11 +94,13 @@ def cut_inside_a_draft(results: list[RoundResult]) -> int:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_output_is_that_of_generate(family: str) -> None:
     """Prevents any difference of cache, positions, masks or acceptance, in each architecture's own way to go wrong."""
-    model = tiny_model(family)
+    model = model_of(family)
     expected = generate_with_transformers(model, PROMPTS, greedy_config())
     assert len({token for completion in expected for token in completion}) > 40, "too monotonous to prove anything"
+    engine = SelfSpecEngine(model, options(7), controller=(schedule := Schedule(0)))
     for gamma in (0, 1, 3, 7):
-        output = SelfSpecEngine(model, options(gamma)).generate(PROMPTS, greedy_config())
+        schedule.draft_lengths = (gamma,)
+        output = engine.generate(PROMPTS, greedy_config())
         assert output.completion_ids == expected
         if gamma:
             assert 0.2 < output.stats.alpha < 0.98, "drafts must be accepted and rejected"
@@ -111,10 +124,10 @@ def test_an_end_token_inside_a_draft_ends_the_row_there(
     family: str, gamma: int, speculative_rounds: list[RoundResult]
 ) -> None:
     """Prevents tokens behind the end token, and an end token that is missed because it was drafted."""
-    model = tiny_model(family)
+    model = model_of(family)
     config = greedy_config(eos=EOS)
     expected = generate_with_transformers(model, PROMPTS, config)
-    output = SelfSpecEngine(model, options(gamma)).generate(PROMPTS, config)
+    output = make_engine(model, gamma).generate(PROMPTS, config)
     assert output.completion_ids == expected
     ended = [len(completion) < NEW_TOKENS for completion in expected]
     assert any(ended)
@@ -148,7 +161,7 @@ def test_each_row_may_have_its_own_budget(llama: PreTrainedModel) -> None:
 @pytest.mark.parametrize("gamma", [0, 3, 7])
 def test_rows_end_at_the_models_context(family: str, gamma: int) -> None:
     """Prevents lookahead from reading positions the model does not have, or from writing behind the row."""
-    model = tiny_model(family, max_position_embeddings=32)
+    model = model_of(family, max_position_embeddings=32)
     expected = generate_with_transformers(model, PROMPTS, greedy_config(new_tokens=12))
     output = SelfSpecEngine(model, options(gamma)).generate(PROMPTS, greedy_config(new_tokens=200))
     for prompt, tokens, reference in zip(PROMPTS, output.completion_ids, expected, strict=True):
@@ -156,15 +169,13 @@ def test_rows_end_at_the_models_context(family: str, gamma: int) -> None:
         assert tokens[:12] == reference[: 32 - len(prompt)]
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
-@pytest.mark.parametrize("page_size", [None, 4], ids=["dense", "pages"])
-@pytest.mark.parametrize("max_batch_size", [2, 5])
+@pairwise(family=["llama", "mistral", "gemma2"], page_size=[None, 4], max_batch_size=[2, 5])
 def test_rows_may_wait_move_and_take_over_from_others(
     monkeypatch: pytest.MonkeyPatch, family: str, page_size: int | None, max_batch_size: int
 ) -> None:
     """Prevents keys or tokens of a retired row from surviving in the row that takes its place."""
     force_page_size(monkeypatch, page_size)
-    model, config, prompts = tiny_model(family), greedy_config(eos=EOS), PROMPTS[: 4 * max_batch_size]
+    model, config, prompts = model_of(family), greedy_config(eos=EOS), PROMPTS[: 4 * max_batch_size]
     expected = generate_with_transformers(model, prompts, config)
     assert len(set(map(len, expected))) > max_batch_size, "rows must end at different times"
     engine = SelfSpecEngine(model, options(3, max_batch_size=max_batch_size))
@@ -210,7 +221,7 @@ def test_the_draft_length_may_change_from_round_to_round(llama: PreTrainedModel)
 @pytest.mark.parametrize("qtype", ["qint4", "qint8", "qfloat8"])
 def test_the_drafter_decides_speed_alone(llama: PreTrainedModel, qtype: str, noise: float) -> None:
     """Prevents any drafter, down to one that knows nothing, from changing the output."""
-    engine = SelfSpecEngine(llama, options(3, draft_qtype=qtype))
+    engine = make_engine(llama, 3, draft_qtype=qtype)
     spoil(engine, noise)
     expected = generate_with_transformers(llama, PROMPTS, greedy_config())
     output = engine.generate(PROMPTS, greedy_config())

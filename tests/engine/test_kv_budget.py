@@ -64,6 +64,20 @@ def assert_same(actual: RolloutOutput, expected: RolloutOutput) -> None:
             torch.testing.assert_close(torch.tensor(row), torch.tensor(reference), rtol=0, atol=TOLERANCE)
 
 
+_UNPRESSED: dict[Any, RolloutOutput] = {}
+
+
+def unpressed(
+    model: PreTrainedModel, law: dict[str, Any], prompts: list[list[int]] = GROUPS, **options: Any
+) -> RolloutOutput:
+    """With all pages that can be used; the same for all tests."""
+    key = model, str(law), str(prompts), str(options)
+    if key not in _UNPRESSED:
+        _UNPRESSED[key] = reference_engine(model, **options).generate(prompts, config(law), seed=SEED)
+    assert _UNPRESSED[key].stats.paused_rows == 0
+    return _UNPRESSED[key]
+
+
 def compare(
     monkeypatch: pytest.MonkeyPatch,
     model: PreTrainedModel,
@@ -73,8 +87,7 @@ def compare(
     **options: Any,
 ) -> tuple[RolloutOutput, RolloutOutput]:
     """With as many pages, and with all that can be used."""
-    expected = reference_engine(model, **options).generate(prompts, config(law), seed=SEED)
-    assert expected.stats.paused_rows == 0
+    expected = unpressed(model, law, prompts, **options)
     pressed = shared_engine(model, **options)
     give_pages(monkeypatch, pressed, num_pages)
     return pressed.generate(prompts, config(law), seed=SEED), expected
@@ -121,7 +134,7 @@ def test_rows_go_on_in_other_architectures(monkeypatch: pytest.MonkeyPatch, fami
 
 def test_rows_pause_between_rounds_of_any_length(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:
     """Prevents keys of a draft that was rejected before the pause from counting as the row's."""
-    expected = reference_engine(model, gamma=7).generate(GROUPS, config(GREEDY), seed=SEED)
+    expected = unpressed(model, GREEDY, gamma=7)
     engine = make_engine(model, gamma=7, controller=Schedule(7, 0, 1, 0, 3))
     give_pages(monkeypatch, engine, 20)
     actual = engine.generate(GROUPS, config(GREEDY), seed=SEED)
@@ -135,7 +148,7 @@ def test_rows_pause_with_rounds_in_flight(
     monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, gamma: int, ahead: int
 ) -> None:
     """Prevents a row from being taken down before the host has read what it has drawn."""
-    expected = reference_engine(model, gamma=gamma).generate(GROUPS, config(SAMPLED), seed=SEED)
+    expected = unpressed(model, SAMPLED, gamma=gamma)
     monkeypatch.setitem(engine_module.ROUNDS_AHEAD, "cpu", ahead)
     for num_pages in (LONGEST, 20):
         engine = shared_engine(model, gamma=gamma)
@@ -327,6 +340,7 @@ def test_a_broken_pause_is_noticed(
     monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, sabotage: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
     """Negative controls: the comparison with a rollout that has all pages sees each of these."""
+    unpressed(model, PROCESSED)  # before it is broken
     sabotage(monkeypatch)
     actual, expected = compare(monkeypatch, model, PROCESSED, 20)
     assert actual.stats.paused_rows > 0

@@ -16,6 +16,7 @@ from conversations import (
     reference_engine,
     shared_engine,
 )
+from pairwise import pairwise
 from tiny_models import Schedule, force_page_size, ragged_prompts, tiny_model
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -47,21 +48,21 @@ def prefilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-@PAGES
-@pytest.mark.parametrize("max_batch_size", [None, 3])
-@pytest.mark.parametrize(
-    ("config", "verification"), [(GREEDY, "rejection"), (SAMPLED, "coupled"), (SAMPLED, "rejection")]
+@pairwise(
+    law=[(GREEDY, "rejection"), (SAMPLED, "coupled"), (SAMPLED, "rejection")],
+    max_batch_size=[None, 3],
+    page_size=[None, 4],
 )
 def test_reuse_changes_no_token(
     monkeypatch: pytest.MonkeyPatch,
     model: PreTrainedModel,
-    config: GenerationConfig,
-    verification: str,
+    law: tuple[GenerationConfig, str],
     max_batch_size: int | None,
     page_size: int | None,
 ) -> None:
     """Prevents keys of another row, of a rejected draft or of a former answer from being taken for a prompt's."""
     force_page_size(monkeypatch, page_size)
+    config, verification = law
     values: dict[str, Any] = {"verification": verification, "max_batch_size": max_batch_size}
     expected, without = converse(reference_engine(model, **values), config, keep=False)
     assert len({len(row) for row in expected[0]}) > 3, "rows must end at different times"

@@ -5,6 +5,8 @@ Toys of a hundred tokens hide what 30 layers and 49 thousand tokens show.
 
 import contextlib
 import copy
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import smollm2
 import torch
 import word_problems
 from datasets import Dataset
+from tiny_models import Schedule
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 from trl_runs import FP32_LOGP_TOLERANCE, make_trainer, train
@@ -59,6 +62,18 @@ def prompts(tokenizer: Any) -> list[list[int]]:
     """32 beginnings of word problems, of 3 to 32 tokens."""
     problems = word_problems.make_dataset(32, seed=0)["prompt"]
     return [tokenizer(problem[0]["content"])["input_ids"][: 3 + row] for row, problem in enumerate(problems)]
+
+
+@pytest.fixture(scope="module")
+def engine_of(policy: LlamaForCausalLM) -> Callable[[str], tuple[SelfSpecEngine, Schedule]]:
+    """An engine with the drafter of that type, and the controller that tells it when to draft. Made once."""
+
+    @functools.cache
+    def make(qtype: str) -> tuple[SelfSpecEngine, Schedule]:
+        schedule = Schedule(3)
+        return SelfSpecEngine(policy, always_drafting(qtype), controller=schedule), schedule
+
+    return make
 
 
 def always_drafting(qtype: str) -> SelfSpecOptions:
@@ -124,7 +139,10 @@ def test_the_weights_speak_english(tokenizer: Any, policy: LlamaForCausalLM) -> 
 
 @pytest.mark.parametrize("num_prompts", [10, pytest.param(32, marks=pytest.mark.slow)])
 def test_greedy_tokens_are_those_of_generate(
-    policy: LlamaForCausalLM, prompts: list[list[int]], num_prompts: int
+    policy: LlamaForCausalLM,
+    engine_of: Callable[[str], tuple[SelfSpecEngine, Schedule]],
+    prompts: list[list[int]],
+    num_prompts: int,
 ) -> None:
     """In fp32, over ragged prompts, in plain rounds until half of the rows are done and in speculative ones from
     then on. qint4 drafts are wrong in one of four places, so rejections are covered."""
@@ -132,8 +150,9 @@ def test_greedy_tokens_are_those_of_generate(
     assert len(prompts) == num_prompts
     budgets = [(12, 28)[row % 2] for row in range(len(prompts))]
     config = GenerationConfig(max_new_tokens=max(budgets), do_sample=False, eos_token_id=EOS, pad_token_id=EOS)
-    options = SelfSpecOptions("qint4", num_speculative_tokens=3, max_active_sequences=len(prompts) // 2)
-    output = SelfSpecEngine(policy, options).generate(prompts, config, seed=0, max_new_tokens=budgets)
+    engine, schedule = engine_of("qint4")
+    schedule.draft_lengths = (0,) * min(budgets) + (3,) * max(budgets)
+    output = engine.generate(prompts, config, seed=0, max_new_tokens=budgets)
 
     width = max(map(len, prompts))
     ids = torch.tensor([[EOS] * (width - len(prompt)) + prompt for prompt in prompts])
@@ -196,10 +215,13 @@ def test_log_probabilities_are_the_policys_own(
 @pytest.mark.parametrize(
     "qtype", ["qint4", *(pytest.param(qtype, marks=pytest.mark.slow) for qtype in ("qfloat8", "qint8"))]
 )
-def test_drafters_are_accepted(policy: LlamaForCausalLM, prompts: list[list[int]], qtype: str) -> None:
+def test_drafters_are_accepted(
+    engine_of: Callable[[str], tuple[SelfSpecEngine, Schedule]], prompts: list[list[int]], qtype: str
+) -> None:
     """A drafter with a wrong scale, or one that is not the policy's, is accepted by chance only. That the bounds can
     fail shows in qint4, which fails those of the finer two."""
-    engine = SelfSpecEngine(policy, always_drafting(qtype))
+    engine, schedule = engine_of(qtype)
+    schedule.draft_lengths = (3,)
     for temperature in (1.0, 0.7):
         config = GenerationConfig(
             do_sample=True, temperature=temperature, top_k=0, max_new_tokens=20, eos_token_id=EOS

@@ -57,7 +57,7 @@ for machine in (CacheMachine, PagesOfFour, PagesOfOne):
     machine.TestCase.settings = STATEFUL  # type: ignore[attr-defined]
 TestDenseRows = CacheMachine.TestCase
 TestPagesOfFour = PagesOfFour.TestCase
-TestPagesOfOne = PagesOfOne.TestCase
+TestPagesOfOne = pytest.mark.slow(PagesOfOne.TestCase)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from pairwise import pairwise
 from tiny_models import tiny_model
 from torch import Tensor
 from transformers import GenerationConfig
@@ -76,9 +77,7 @@ def run(made: Rollout) -> list[Tensor]:
     ]
 
 
-@pytest.mark.parametrize("verification", ["rejection", "coupled"])
-@pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+@pairwise(verification=["rejection", "coupled"], law=list(LAWS), family=["qwen2", "gemma2"])
 def test_a_round_stays_on_its_device(family: str, law: str, verification: str):
     """Prevents a tensor that is made on the host, which a GPU refuses or waits for."""
     assert all(report.is_meta for report in run(rollout(family, law, verification)))

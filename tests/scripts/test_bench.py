@@ -1,9 +1,8 @@
 """The benchmark does the same work for every engine, says where its numbers come from, and rejects bad input."""
 
+import contextlib
+import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import bench_rollout
@@ -25,12 +24,10 @@ from bench.workload import (
     random_prompts,
 )
 from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers.utils import logging
 from trl_runs import make_tokenizer
 
 from trl_selfspec.control.stats import RolloutStats
-
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -53,22 +50,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def smoke_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, Path]:
-    """Engines on a tiny model, as a user runs them: (JSON of the last stdout line, stderr, the --out file)."""
+    """Engines on a tiny model, in this process: (JSON of the last stdout line, stderr, the --out file)."""
     out = tmp_path_factory.mktemp("out") / "result.json"
     options = "--engines stock,plain,selfspec --rows 3 --length-profile longtail --max-new-tokens 12"
     options += " --prompt-length 6 --dtype fp32 --device cpu --threads 1 --repeats 2 --warmup-tokens 24"
     options += " --synthetic-acceptance 0.5 --num-speculative-tokens 2 --max-active-sequences 3 --draft-qtype qint8"
-    done = subprocess.run(
-        [sys.executable, "scripts/bench_rollout.py", "run", "--model", tiny_model, *options.split(), "--out", out],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr, out
+    stdout, stderr, verbosity = io.StringIO(), io.StringIO(), logging.get_verbosity()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        bench_rollout.main(["run", "--model", str(tiny_model), *options.split(), "--out", str(out)])
+    logging.set_verbosity(verbosity)
+    return json.loads(stdout.getvalue().splitlines()[-1]), stderr.getvalue(), out
 
 
 def test_last_line_on_stdout_is_the_result(smoke_run: tuple[dict, str, Path]) -> None:
