@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trl_selfspec.control.counters import Counters
 from trl_selfspec.control.stats import PlainComparison, RolloutStats
 from trl_selfspec.options import MAX_DRAFT_LENGTH
 
@@ -19,20 +20,26 @@ SECONDS = st.integers(0, 2**30).map(lambda n: n / 1024)  # dyadic, so that sums 
 
 
 @st.composite
-def stats(draw: st.DrawFn) -> RolloutStats:
-    values = {}
-    for f in fields(RolloutStats):
+def counters(draw: st.DrawFn, kind: type[Counters]) -> Counters:
+    values: dict[str, Any] = {}
+    for f in fields(kind):  # type: ignore[arg-type]
         if f.name.endswith("_per_position"):
             values[f.name] = draw(st.lists(COUNT, min_size=MAX_DRAFT_LENGTH, max_size=MAX_DRAFT_LENGTH))
+        elif "values" in f.metadata:
+            values[f.name] = draw(st.dictionaries(st.sampled_from("ab"), counters(f.metadata["values"])))
         else:
             values[f.name] = draw(COUNT if f.type is int else SECONDS)
-    return RolloutStats(**values)
+    return kind(**values)
+
+
+def stats() -> st.SearchStrategy:
+    return counters(RolloutStats)
 
 
 def two_rounds() -> RolloutStats:
     """Two rows, γ = 3: row a accepts 3, row b accepts 1 and is rejected at its second position. Then a plain round."""
     total = RolloutStats(num_rows=2, completion_tokens=8, rollout_s=10.0, prefill_s=1.0)
-    total.add_speculative_round(2, 3, draft_s=1.0, verify_s=2.0, accepted=[2, 1, 1], examined=[2, 2, 1])
+    total.add_speculative_round("qint4", 2, 3, draft_s=1.0, verify_s=2.0, accepted=[2, 1, 1], examined=[2, 2, 1])
     total.add_plain_round(2, seconds=2.0)
     return total
 
@@ -50,7 +57,7 @@ def test_merging_leaves_its_operands_alone(a: RolloutStats, b: RolloutStats) -> 
     """A list shared between two stats would count a rollout twice."""
     before = copy.deepcopy((a, b))
     total = a.merge(b)
-    total.add_speculative_round(1, 1, 1.0, 1.0, [1], [1])
+    total.add_speculative_round("qint4", 1, 1, 1.0, 1.0, [1], [1])
     total.add_segment(1.0, 1.0)
     assert (a, b) == before
 
@@ -68,7 +75,9 @@ def test_a_counter_that_a_file_lacks_is_zero() -> None:
     assert RolloutStats.from_dict(values) == two_rounds()
 
 
-@pytest.mark.parametrize("values", [[1.0], {"num_rows": "2"}, {"num_rows": -1}, {"examined_per_position": [1]}])
+@pytest.mark.parametrize(
+    "values", [[1.0], {"num_rows": "2"}, {"num_rows": -1}, {"examined_per_position": [1]}, {"by_drafter": 1}]
+)
 def test_what_is_no_stats_is_refused(values: Any) -> None:
     """A damaged file must not end a run with a TypeError hours later, when it is added up."""
     with pytest.raises(ValueError, match="it holds"):
@@ -96,7 +105,7 @@ def test_ratios_follow_the_papers() -> None:
 def test_a_position_is_judged_by_the_drafts_that_reached_its_length() -> None:
     """Dividing by all drafts would make late positions look bad whenever short drafts were also used."""
     total = two_rounds()
-    total.add_speculative_round(2, 1, 1.0, 1.0, accepted=[2], examined=[2])
+    total.add_speculative_round("qint4", 2, 1, 1.0, 1.0, accepted=[2], examined=[2])
     assert total.acceptance_rate_per_position == pytest.approx([1.0, 0.5, 0.5])
     by_all_drafts = [a / total.num_drafts for a in total.accepted_per_position[:3]]
     assert by_all_drafts != pytest.approx([1.0, 0.5, 0.5])  # negative control
@@ -105,8 +114,8 @@ def test_a_position_is_judged_by_the_drafts_that_reached_its_length() -> None:
 def test_ratios_are_ratios_of_sums() -> None:
     """A short rollout must not weigh as much as a long one."""
     good, bad = RolloutStats(), RolloutStats()
-    good.add_speculative_round(9, 1, 1.0, 1.0, [9], [9])
-    bad.add_speculative_round(1, 1, 1.0, 1.0, [0], [1])
+    good.add_speculative_round("qint4", 9, 1, 1.0, 1.0, [9], [9])
+    bad.add_speculative_round("qint4", 1, 1, 1.0, 1.0, [0], [1])
     assert good.merge(bad).alpha == pytest.approx(0.9)
     assert (good.alpha + bad.alpha) / 2 == pytest.approx(0.5)  # negative control: the mean of ratios
 
@@ -209,7 +218,8 @@ def test_metrics_carry_the_documented_names() -> None:
     names = "acceptance_rate alpha mean_acceptance_length num_speculative_tokens speculative_round_fraction "
     names += "toggle_active_sequences tokens_per_s rollout_s refresh_s estimated_speedup drafter_bytes kv_bytes "
     names += "estimated_speedup_error "
-    names += "acceptance_rate_pos_0 acceptance_rate_pos_1 acceptance_rate_pos_2"
+    names += "acceptance_rate_pos_0 acceptance_rate_pos_1 acceptance_rate_pos_2 "
+    names += "qint4_round_fraction qint4_mean_acceptance_length qint4_draft_s qint4_acceptance_rate_pos_2"
     assert {f"selfspec/{name}" for name in names.split()} <= metrics.keys()
     assert "selfspec/acceptance_rate_pos_3" not in metrics
     assert all(isinstance(value, float) for value in json.loads(json.dumps(metrics)).values())

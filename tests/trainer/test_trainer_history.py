@@ -37,7 +37,7 @@ def remembered(monkeypatch: pytest.MonkeyPatch) -> list[Rows]:
     def remember(self: SelfSpecEngine, prompt_ids: Any, completion_ids: Any) -> None:
         calls.append((ids(prompt_ids), ids(completion_ids)))
 
-    monkeypatch.setattr(SelfSpecEngine, "remember", remember, raising=False)
+    monkeypatch.setattr(SelfSpecEngine, "remember", remember)
     return calls
 
 
@@ -162,7 +162,6 @@ def test_equal_prompts_travel_once(monkeypatch: pytest.MonkeyPatch) -> None:
 # Two processes
 
 GROUP = 4
-needs_remember = pytest.mark.skipif(not hasattr(SelfSpecEngine, "remember"), reason="the engine has no `remember` yet")
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +196,6 @@ def hit_share(pairs: list[tuple[list[list[int]], list[list[int]]]]) -> float:
 
 
 @pytest.mark.slow
-@needs_remember
 def test_every_rank_knows_what_all_said_in_the_last_epoch(outcome: dict[str, list[Any]]) -> None:
     """Prompts move between ranks from epoch to epoch: a rank that knows its own rows alone finds half of them."""
     for pairs in known_and_expected(outcome["two_epochs"]):
@@ -209,7 +207,6 @@ def test_every_rank_knows_what_all_said_in_the_last_epoch(outcome: dict[str, lis
 
 
 @pytest.mark.slow
-@needs_remember
 def test_ranks_without_a_history_or_an_engine_wait_for_nobody(outcome: dict[str, list[Any]]) -> None:
     """A collective on one rank alone hangs; here the launch has ended, and each run took the path it was meant to."""
     for rank in outcome["without_history"]:

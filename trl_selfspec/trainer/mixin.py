@@ -114,9 +114,7 @@ class SelfSpecMixin(_Trainer):
             self._run += gathered
         if self._shares_history:
             prompt_ids, completion_ids = output[:2]
-            remember = getattr(self._engine, "remember", None)  # to be `self._engine.remember`, once there is one
-            if remember is not None:
-                remember(*gathered_rows(prompt_ids, completion_ids))
+            self._engine.remember(*gathered_rows(prompt_ids, completion_ids))
         return output
 
     def _generate_single_turn(
