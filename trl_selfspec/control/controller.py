@@ -331,17 +331,20 @@ class Controller:
     def _due_again(self, drafter: DrafterEstimates, situation: Situation) -> Option | None:
         """A known option to measure again: the best of a drafter not in use, or lengths with few measurements.
 
-        A round of it must lose little against the time since its last one. Otherwise a bad moment, or an acceptance of
-        former rows, would rule it out for good.
+        A round of it must lose little against the time since its last one, unless that one was accepted surprisingly
+        well. Without such rounds a bad moment, or an acceptance of former rows, would rule it out for good.
         """
         rows, options = situation.rows, situation.options[drafter.traits.name]
-        if situation.incumbent.choice.drafter == drafter.traits.name:
+        is_in_use = situation.incumbent.choice.drafter == drafter.traits.name
+        if is_in_use:
             curve = self._rates.costs.verify_curve(rows)
             others = [o for o in options if o.known and not curve.is_settled(rows * (o.choice.gamma + 1))]
         else:
             others = [max(options, key=lambda option: option.rate)]
 
         def due(other: Option) -> bool:
+            if drafter.surprised and not is_in_use:
+                return True
             since_s = self._budget.clock_s - drafter.measured_at_s(rows, other.choice.gamma)
             return self._least_loss_s(other, situation) <= PROBE_SHARE * since_s
 
