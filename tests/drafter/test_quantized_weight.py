@@ -1,6 +1,5 @@
 """Quantized weights against quanto's own quantized tensors."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
