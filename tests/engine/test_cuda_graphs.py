@@ -69,8 +69,8 @@ def test_captured_rounds_equal_eager_ones(
     """Over rollouts with other seeds and lengths: prevents whatever Python decides in a round from being frozen."""
     options = {"verification": verification, "max_batch_size": max_batch_size}
     eager, captured = eager_engine(model, **options), make_engine(model, record, **options)
-    for seed in range(3):
-        prompts = PROMPTS[: 5 - seed]
+    for seed in range(2):
+        prompts = PROMPTS[: 5 - 2 * seed]
         expected, actual = (generate(engine, law, seed, prompts=prompts) for engine in (eager, captured))
         assert same(actual, expected)
     assert len(captured.graphs) >= 6, "few rounds were replayed"

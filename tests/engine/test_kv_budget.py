@@ -124,7 +124,7 @@ def test_too_few_pages_change_no_token(
         assert getattr(ours, counter) == getattr(theirs, counter)
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma2", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mistral", "gemma2", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 def test_rows_go_on_in_other_architectures(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     """Prevents a sliding window or a soft-cap that a recomputed row does not see."""
     actual, expected = compare(monkeypatch, tiny_model(family), GREEDY, 20)
@@ -142,8 +142,9 @@ def test_rows_pause_between_rounds_of_any_length(monkeypatch: pytest.MonkeyPatch
     assert actual.stats.paused_rows > 0
 
 
-@pytest.mark.parametrize("ahead", [1, 2])
-@pytest.mark.parametrize("gamma", [0, 3])
+@pytest.mark.parametrize(
+    ("gamma", "ahead"), [(0, 2), (3, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, 1), (3, 2)))]
+)
 def test_rows_pause_with_rounds_in_flight(
     monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, gamma: int, ahead: int
 ) -> None:
@@ -164,7 +165,7 @@ def recorded(function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]
     return lambda: replay().clone()
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("ahead", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_replayed_rounds_follow_rows_that_pause(
     monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, ahead: int
 ) -> None:
@@ -182,7 +183,7 @@ def test_replayed_rounds_follow_rows_that_pause(
         engine.release()
 
 
-@pytest.mark.parametrize("law", [GREEDY, SAMPLED])
+@pytest.mark.parametrize("law", [pytest.param(GREEDY, marks=pytest.mark.slow), SAMPLED])
 def test_conversations_go_on_from_what_there_was_room_to_keep(
     monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, law: dict[str, Any]
 ) -> None:

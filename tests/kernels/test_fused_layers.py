@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from decoding import CAPACITY, LENGTHS, decoded, fused_forwards, relative_error, unfused
+from pairwise import pairwise
 from tiny_models import tiny_model
 from torch import Tensor, nn
 
@@ -26,9 +27,13 @@ pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C compiler o
 
 
 @pytest.mark.usefixtures("instruction_set")
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "smollm3"])
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("num_steps", [1, 2, 6])
+@pairwise(
+    indirect=["instruction_set"],
+    instruction_set=["avx2", "avx512_bf16"],
+    family=["llama", "qwen2", "qwen3", "mistral", "smollm3"],
+    dtype=[FP32, BF16],
+    num_steps=[1, 2, 6],
+)
 def test_a_layer_in_one_call_gives_what_its_modules_give(family: str, dtype: torch.dtype, num_steps: int) -> None:
     """Catches a wrong rotation, rounding, window or residual, and ragged rows that see each other."""
     replica = PolicyReplica(tiny_model(family, dtype=dtype))

@@ -177,6 +177,7 @@ def test_int4_layers_compile(capability: str, usage):
         assert shared <= SMALLEST_SHARED_MEMORY and tensor_cores and copies_ahead and spilled <= SPILLED
 
 
+@pytest.mark.slow
 def test_int4_weights_take_few_instructions(lines):
     """Per weight and thread, in the loop, at 8, 16 and 32 rows. An H200's SM can issue about 4 while a weight arrives
     (0.53 bytes, 4.3 TB/s, at 1.98 GHz).

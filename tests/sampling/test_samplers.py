@@ -24,9 +24,9 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
 }
 
 
-@pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Any]]:
-    """Lets `compiled_on_gpu` compile on the CPU; holds what was compiled.
+@pytest.fixture(params=["traced", pytest.param("inductor", marks=pytest.mark.slow)])
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Any]]:
+    """Lets `compiled_on_gpu` compile on the CPU; holds what was compiled. Traced: all but Inductor's seconds.
 
     The hash multiplies int64 and wraps, as torch does and GPUs do. In Inductor's C++ that is undefined, and gcc takes
     it to end the loop over the vocabulary, unless it is told to wrap.
@@ -39,7 +39,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[A
             from torch._inductor.compile_fx import compile_fx
 
             graphs.append(graph)
-            return compile_fx(graph, inputs)
+            return compile_fx(graph, inputs) if request.param == "inductor" else graph
 
         return compile_(function, backend=backend, fullgraph=True, **options)
 

@@ -300,7 +300,13 @@ OWN_LOOPS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any], list[str]]
 
 
 @pytest.mark.filterwarnings("ignore:Passing `generation_config` together with:UserWarning")
-@pytest.mark.parametrize(("name", "bf16"), [*((name, False) for name in OWN_LOOPS), ("OnlineDPO", True)])
+@pytest.mark.parametrize(
+    ("name", "bf16"),
+    [
+        *(pytest.param(name, False, marks=() if name in ("GKD", "SDPO") else pytest.mark.slow) for name in OWN_LOOPS),
+        ("OnlineDPO", True),
+    ],
+)
 def test_a_trainer_with_a_loop_of_its_own_takes_the_engine_in_generate(
     tmp_path: Path, documented: dict[str, Any], name: str, bf16: bool
 ) -> None:
