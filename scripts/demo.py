@@ -7,6 +7,7 @@ Prints one table and writes demo_results.json. About 10 minutes on 2 cores.
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
@@ -34,7 +35,7 @@ MODES = {
     "engine, no speculation": ["--selfspec_num_speculative_tokens", "0"],
     "engine, gate in charge": ["--selfspec_num_speculative_tokens", "auto"],
 }
-GATED = "engine, gate in charge"
+PLAIN, GATED = "engine, no speculation", "engine, gate in charge"
 HELD_OUT = 512  # problems for the reward before and after: the few of one step would hide the change
 DRAFT_LENGTH = 4
 BENCH_ROWS = 1
@@ -80,9 +81,20 @@ def train(mode: str, output_dir: Path, max_steps: int) -> dict[str, Any]:
         "speculative_round_fraction": mean(step.get("selfspec/speculative_round_fraction", 0.0) for step in steady),
         "refresh_s": mean(step.get("selfspec/refresh_s", 0.0) for step in steady),
         "wall_s": time.monotonic() - start,
+        "tokens_per_s_by_epoch": by_epoch(steady),
+        "suffix_round_fraction": mean(step.get("selfspec/suffix_round_fraction", 0.0) for step in steady),
         "rewards": [step["reward"] for step in steps],
         "policy_dir": str(output_dir / name),
     }
+
+
+def by_epoch(steps: list[dict[str, float]]) -> list[float | None]:
+    """Tokens per second of each epoch; `epoch` counts those that are over when a step ends."""
+    epochs = range(math.ceil(max(step["epoch"] for step in steps)))
+    return [
+        rollout_mean([step for step in steps if epoch < step["epoch"] <= epoch + 1], "tokens_per_s")
+        for epoch in epochs
+    ]
 
 
 def rest_of_step(step: dict[str, float]) -> float:
@@ -223,9 +235,14 @@ def conclusions(results: dict[str, Any]) -> list[str]:
     spans = {name: f"{r['median']:.2f}x ({r['min']:.2f}-{r['max']:.2f})" for name, r in ratios.items()}
     logged = results["modes"][GATED]["estimated_speedup"]
     measured = "had too few of them to measure a gain" if logged is None else f"measured {logged:.2f}x"
+    pairs = zip(*(results["modes"][mode]["tokens_per_s_by_epoch"] for mode in (PLAIN, GATED)), strict=False)
+    epochs = [gated / plain for plain, gated in pairs if plain and gated]
+    copied = 100 * results["modes"][GATED]["suffix_round_fraction"]
     return [
         f"Here the engine alone gives {plain / stock:.1f}x stock TRL's tokens/s, and speculation under the gate "
         f"{gated / plain:.2f}x the engine's; against plain rounds of the same rollouts, the log {measured}.",
+        f"Prompts come again in every epoch, and drafts copy what was said to them before ({copied:.0f} % of rounds): "
+        f"{', '.join(f'{ratio:.2f}x' for ratio in epochs)} the engine without speculation, epoch by epoch.",
         *([DRIFTED.format(drift)] if drift > STEADY else []),
         f"Acceptance per examined draft token, speculation forced on, trained policy: {accepted}.",
         f"The gate, at the end of a rollout: {results['gate']}.",

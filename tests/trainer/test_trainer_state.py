@@ -181,6 +181,6 @@ def test_the_model_card_says_how_completions_were_generated(tmp_path: Path) -> N
 
 def test_the_model_card_has_no_figures_without_a_measurement() -> None:
     """Zero tokens/s, or a speed-up of 1.00, would be read as a result."""
-    assert "|" not in rollout_section("T", SelfSpecOptions(), "qint4", GenerationStats())
+    assert "|" not in rollout_section("T", SelfSpecOptions(), GenerationStats())
     plain = SelfSpecOptions(num_speculative_tokens=0)
-    assert "without speculation" in rollout_section("T", plain, "qint4", GenerationStats())
+    assert "without speculation" in rollout_section("T", plain, GenerationStats())

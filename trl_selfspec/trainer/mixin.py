@@ -282,12 +282,10 @@ class SelfSpecMixin(_Trainer):
     ) -> None:
         super().create_model_card(model_name, dataset_name, tags)
         if self.is_world_process_zero() and self._engine_sync is not None:
-            options, engine = self._engine_sync.options, self._engine_sync.engine
             complete_model_card(
                 os.path.join(self.args.output_dir, "README.md"),
                 trainer_name=type(self).__name__,
-                options=options,
-                draft_qtype=options.draft_qtype if engine is None else engine.draft_qtype,
+                options=self._engine_sync.options,
                 run=self._run,
                 base_model_path=get_config_model_id(base_model(self._policy).config),
             )

@@ -27,11 +27,17 @@ FIGURES = (
 )
 
 
+DRAFTS = {  # by option
+    "quantized": "drafts of the current policy itself, quantized by optimum-quanto",
+    "suffix": "drafts copied from the row, its siblings of the same prompt and earlier completions of it",
+    "auto": "drafts of the current policy itself, quantized by optimum-quanto, and copies of earlier text",
+}
+
+
 def complete_model_card(
     path: str,
     trainer_name: str,
     options: SelfSpecOptions,
-    draft_qtype: str,
     run: GenerationStats,
     base_model_path: str | None,
 ) -> None:
@@ -39,21 +45,21 @@ def complete_model_card(
     with open(path, encoding="utf-8") as file:
         card = file.read()
     card = _name_local_base(card, base_model_path, os.path.dirname(path))
-    card = _insert(card, "### Framework versions", rollout_section(trainer_name, options, draft_qtype, run) + "\n")
+    card = _insert(card, "### Framework versions", rollout_section(trainer_name, options, run) + "\n")
     card = _insert(card, "- Transformers:", f"- trl-selfspec: {_library_version()}\n")
     card = _insert(card, "Cite TRL as:", f"Cite the rollout method as:\n\n```bibtex\n{CITATION}\n```\n\n")
     with open(path, "w", encoding="utf-8") as file:
         file.write(card)
 
 
-def rollout_section(trainer_name: str, options: SelfSpecOptions, draft_qtype: str, run: GenerationStats) -> str:
+def rollout_section(trainer_name: str, options: SelfSpecOptions, run: GenerationStats) -> str:
     """A Markdown section on how completions were generated; figures without a measurement are left out."""
     length = options.num_speculative_tokens
     drafter = (
         "without speculation"
         if length == 0
-        else f"with a drafter quantized from the current policy by optimum-quanto (type `{draft_qtype}`, "
-        f"draft length `{length}`, verification `{options.verification}`)"
+        else f"with speculative decoding ({DRAFTS[options.drafter]}; draft length `{length}`, verification "
+        f"`{options.verification}`)"
     )
     lines = [
         "### Rollouts",
@@ -66,6 +72,10 @@ def rollout_section(trainer_name: str, options: SelfSpecOptions, draft_qtype: st
     figures = [(label, getattr(run.stats, name), form) for label, name, form in FIGURES]
     if not (run.stats.plain_rounds and run.stats.num_rounds_speculative):  # nothing to compare
         figures = [figure for figure in figures if "speed-up" not in figure[0]]
+    figures += [
+        (f"Tokens per row and round with `{name}` drafts", drafter.mean_acceptance_length, "{:.2f}")
+        for name, drafter in run.stats.by_drafter.items()
+    ]
     rows = [f"| {label} | {form.format(value)} |" for label, value, form in figures if value is not None]
     if rows and run.used_engine:
         lines += ["| Measured during training | |", "|-|-|", *rows, ""]
