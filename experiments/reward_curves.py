@@ -1,4 +1,7 @@
-"""Reward curves of the embedded default with and without speculation, over several seeds: do they overlap?
+"""Reward curves of the embedded default with and without speculation, over several seeds.
+
+Those of quantized drafts should overlap with those of plain rounds; those of suffix drafts have to be the same, number
+for number, since the policy trains in fp32 on a CPU without bf16 and their tokens are those of plain sampling.
 
     python experiments/reward_curves.py [--seeds 0 1 2] [--max_steps 40] [--out docs/reward_curves]
 
@@ -18,11 +21,18 @@ from typing import Any
 
 
 ROOT = Path(__file__).resolve().parents[1]
+FORCED = ["--selfspec_num_speculative_tokens", "4", "--selfspec_max_active_sequences", "100000", "--bf16", "false"]
+PLAIN, QUANTIZED, SUFFIX = "without speculation", "quantized drafts forced on", "suffix drafts forced on"
 MODES = {
-    "without speculation": ["--selfspec_num_speculative_tokens", "0"],
-    "speculation forced on": ["--selfspec_num_speculative_tokens", "4", "--selfspec_max_active_sequences", "100000"],
+    PLAIN: ["--selfspec_num_speculative_tokens", "0", "--bf16", "false"],
+    QUANTIZED: [*FORCED, "--selfspec_drafter", "quantized"],
+    SUFFIX: [*FORCED, "--selfspec_drafter", "suffix"],
 }
-COLOURS = {"without speculation": "tab:grey", "speculation forced on": "tab:blue"}
+STYLES = {  # line style and colour
+    PLAIN: {"color": "tab:grey", "linewidth": 3},
+    QUANTIZED: {"color": "tab:blue"},
+    SUFFIX: {"color": "black", "linestyle": ":"},
+}
 SMOOTHING = 4  # steps per plotted point
 
 
@@ -39,7 +49,7 @@ def train(mode: str, seed: int, max_steps: int, output_dir: Path) -> list[dict[s
 def summary(runs: dict[str, list[list[float]]]) -> dict[str, Any]:
     """Mean reward over the last quarter per seed, and the difference of the modes against its standard error."""
     ends = {mode: [mean(curve[-len(curve) // 4 :]) for curve in curves] for mode, curves in runs.items()}
-    plain, speculative = ends.values()
+    plain, speculative = ends[PLAIN], ends[QUANTIZED]
     error = (stdev(plain) ** 2 / len(plain) + stdev(speculative) ** 2 / len(speculative)) ** 0.5
     return {"final_reward": ends, "difference": mean(speculative) - mean(plain), "standard_error": error}
 
@@ -55,7 +65,7 @@ def plot(runs: dict[str, list[list[float]]], path: Path) -> None:
         for i, curve in enumerate(curves):
             blocks = [curve[k : k + SMOOTHING] for k in range(0, len(curve) - SMOOTHING + 1, SMOOTHING)]
             steps = [SMOOTHING * (k + 0.5) for k in range(len(blocks))]
-            axes.plot(steps, [mean(b) for b in blocks], color=COLOURS[mode], alpha=0.8, label=None if i else mode)
+            axes.plot(steps, [mean(b) for b in blocks], **STYLES[mode], alpha=0.8, label=None if i else mode)
     axes.set(xlabel="optimizer step", ylabel=f"reward (mean of {SMOOTHING} steps)", ylim=(0, 1))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -75,10 +85,12 @@ def main() -> None:
         mode: [train(mode, seed, args.max_steps, args.output_dir.resolve()) for seed in args.seeds] for mode in MODES
     }
     runs = {mode: [[step["reward"] for step in log] for log in mode_logs] for mode, mode_logs in logs.items()}
-    alphas = [step["selfspec/alpha"] for log in logs["speculation forced on"] for step in log]
+    assert runs[SUFFIX] == runs[PLAIN], "suffix drafts changed a sample"
+    alphas = {mode: [step["selfspec/alpha"] for log in logs[mode] for step in log] for mode in (QUANTIZED, SUFFIX)}
     result = {
         **summary(runs),
-        "alpha": {"mean": mean(alphas), "min": min(alphas)},
+        "suffix_rewards_are_those_of_plain_rounds": True,
+        "alpha": {mode: {"mean": mean(values), "min": min(values)} for mode, values in alphas.items()},
         "rewards": runs,
         "provenance": {
             "command": " ".join(["python", *sys.argv]),

@@ -89,6 +89,21 @@ def test_greedy_rollouts_equal_trls_own_path_over_a_run(
     assert ours[0] != ours[2]  # the same prompts: without a change of weights this would say nothing
 
 
+@pytest.mark.parametrize("drafter", ["suffix", "quantized"])
+def test_suffix_drafts_train_the_same_policy(tmp_path: Path, drafter: str) -> None:
+    """Three epochs over the prompts: the same completions, the same weights. Quantized drafts are the control."""
+    options = {"max_steps": 6, "num_iterations": 1}
+    plain, plain_reward, _ = recorded(tmp_path / "plain", selfspec_num_speculative_tokens=0, **options)
+    drafts = ALWAYS_SPECULATE | {"selfspec_draft_qtype": "qint4", "selfspec_drafter": drafter}
+    trainer, reward, log = recorded(tmp_path / drafter, **drafts, **options)
+    assert log[-1]["selfspec/speculative_round_fraction"] == 1.0
+    same = reward.completion_ids == plain_reward.completion_ids
+    assert same == (drafter == "suffix")
+    if same:
+        assert_same_weights(trainer, plain)
+        assert log[-1]["selfspec/history_hit_fraction"] == 1.0
+
+
 def test_a_missed_refresh_shows_in_greedy_rollouts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, greedy_lora: list[list[list[int]]]
 ) -> None:
