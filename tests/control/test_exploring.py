@@ -199,7 +199,7 @@ def test_a_verification_costs_at_least_a_plain_round(slowness: float) -> None:
     situation = controller._situation(4)
     plain, drafting = situation.plain, situation.options["quantized"]
     draft = controller._drafters["quantized"].cost.at(4)
-    verify = [option.seconds - option.gamma * draft for option in drafting]
+    verify = [option.seconds - option.choice.gamma * draft for option in drafting]
     assert all(seconds >= plain.seconds * (1 - 1e-9) for seconds in verify)
     assert all(later >= earlier * (1 - 1e-9) for earlier, later in itertools.pairwise(verify))
     shown = float(controller.explain().split("a verify ")[1].split()[0])

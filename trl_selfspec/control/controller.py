@@ -1,8 +1,8 @@
 """Chooses the drafter and the draft length of each round, from the measured costs and acceptance of earlier rounds.
 
 It maximises E[tokens per row and round | γ] / (draft + verification) over the drafters and γ in 0..max; 0 is a plain
-round. A draft is γ draft steps, or one pass of a matcher. `cost_model` has the seconds of plain rounds and of
-verifications, `drafters` what differs by drafter. Whatever lacks a measurement is tried in real rounds, as far as the
+round. A draft is γ draft steps, or one pass of a matcher. `cost_model` and `drafters` have the seconds and
+the acceptance, `rates` what follows from them. Whatever lacks a measurement is tried in real rounds, as far as the
 budget of `exploration` allows. No clock is read here and no randomness used.
 """
 
@@ -15,53 +15,23 @@ from trl_selfspec.control.constants import (
     CHANGE_MARGIN,
     FEW_ROWS,
     FREE_PLAIN_ROUNDS,
-    GIVE_UP_DRAFTS,
-    GIVE_UP_MARGIN,
-    GIVE_UP_ROLLOUTS,
     MIN_PLAIN_ROUNDS,
     PATIENT_PLAIN_ROUNDS,
     PLAIN_SHARE,
-    PRIOR_FLAT_ROWS,
     PROBE_SHARE,
     REACH,
     TOGGLE_MARGIN,
 )
-from trl_selfspec.control.cost_model import RoundCosts, VerifyCost
+from trl_selfspec.control.cost_model import RoundCosts
 from trl_selfspec.control.drafters import DrafterEstimates, DrafterTraits
 from trl_selfspec.control.exploration import DrafterAccount, ExplorationBudget
+from trl_selfspec.control.rates import PLAIN, Choice, Option, Rates
+from trl_selfspec.control.rivals import needless
 from trl_selfspec.control.saved_state import checked, positive
 from trl_selfspec.options import MAX_DRAFT_LENGTH
 
 
 STATE_VERSION = 3
-
-
-class Choice(NamedTuple):
-    """How to run a round."""
-
-    gamma: int  # 0: a plain round
-    drafter: str = ""  # "" for a plain round
-
-
-PLAIN = Choice(0)
-
-
-class Option(NamedTuple):
-    """A choice and its expected tokens per row and second."""
-
-    choice: Choice
-    rate: float
-    ceiling: float  # the highest rate that costs of other sizes leave possible; the rate itself where known
-    known: bool
-    seconds: float
-
-    @property
-    def gamma(self) -> int:
-        return self.choice.gamma
-
-    def loss_s(self, incumbent: "Option") -> float:
-        """Seconds of a round beyond those of the incumbent for the same tokens."""
-        return self.seconds * (1 - self.rate / incumbent.rate)
 
 
 class Trial(NamedTuple):
@@ -107,7 +77,7 @@ class Controller:
         self.measures = not self.counts_alone and longest > 0
         self.given_up: dict[str, str] = {}  # reasons by drafter
         self._drafters = {traits.name: DrafterEstimates(traits) for traits in drafters}
-        self._costs, self._budget = RoundCosts(), ExplorationBudget(self._drafters)
+        self._rates, self._budget = Rates(RoundCosts(), self._candidates), ExplorationBudget(self._drafters)
         self._plain_rounds = 0
         self._plain_at_s = 0.0
         self._rows = 0
@@ -120,7 +90,9 @@ class Controller:
             ready: drafters that need no preparing before their first draft.
             contexts: circumstances that a drafter's acceptance depends on, by drafter; it is learned apart for each.
         """
-        self._give_up_the_worse()
+        in_use = [drafter for name, drafter in self._drafters.items() if name not in self.given_up]
+        for name, reason in needless(in_use, self._rates.gain):
+            self.give_up(name, reason)
         self._budget.begin_rollout(ready)
         for name, drafter in self._drafters.items():
             drafter.begin_rollout((contexts or {}).get(name, ""))
@@ -158,7 +130,7 @@ class Controller:
             self._choice = Choice(self._candidates[0], self._usable(rows)[0].traits.name)
         elif situation := self._situation(rows):
             incumbent = situation.incumbent
-            if incumbent.gamma and incumbent.choice.drafter != self._choice.drafter:
+            if incumbent.choice.gamma and incumbent.choice.drafter != self._choice.drafter:
                 self._budget.expect_to_pay(incumbent.choice.drafter)
             self._choice = incumbent.choice
             if not any(self._under_way):  # one trial at a time: the cost of the last one has to be known
@@ -179,17 +151,17 @@ class Controller:
 
     def plain_seconds(self, rows: int) -> float | None:
         """Seconds of a plain round of `rows` rows now; None before there is a measurement."""
-        return self._costs.plain_s(rows)
+        return self._rates.costs.plain_s(rows)
 
     def usual_plain_seconds(self, rows: int) -> float | None:
         """The same at one pace, to compare rounds of different sizes however fast the machine is now."""
-        return self._costs.plain.at(rows)
+        return self._rates.costs.plain.at(rows)
 
     def observe_plain(self, rows: int, seconds: float) -> None:
         if trial := self.pass_over():
             capped_s = min(seconds, 2 * (self.plain_seconds(rows) or seconds))
             self._budget.charge_trial(capped_s - 1 / trial.incumbent.rate)
-        self._costs.add_plain(rows, seconds, self._budget.clock_s)
+        self._rates.costs.add_plain(rows, seconds, self._budget.clock_s)
         self._plain_rounds += 1
         for drafter in self._drafters.values():
             drafter.pass_round()
@@ -208,12 +180,11 @@ class Controller:
         gamma, drafter, account = choice.gamma, self._drafters[choice.drafter], self._budget.accounts[choice.drafter]
         seconds, plain_s = draft_s + verify_s, self.plain_seconds(rows)
         plain_s = seconds if plain_s is None else plain_s * (1 + sum(accepted) / examined[0])  # for the same tokens
+        self._rates.costs.add_speculative(rows, gamma, verify_s, drafter.cost, draft_s / drafter.steps(gamma))
         if trial := self.pass_over():
             self._charge_trial(rows, choice, seconds, trial)
         else:
-            others = (gain for name, gain in self._gains.items() if name != choice.drafter)
-            account.debt_s += seconds - plain_s / max(others, default=1.0)
-        self._costs.add_speculative(rows, gamma, verify_s, drafter.cost, draft_s / drafter.steps(gamma))
+            account.debt_s += self._own_share(choice.drafter) * (seconds - plain_s)
         account.is_ready = True
         self._budget.advance(seconds, plain_s)
         drafter.add(rows, gamma, accepted, examined, self._budget.clock_s)
@@ -221,10 +192,16 @@ class Controller:
             if other is not drafter:
                 other.pass_round()
 
+    def _own_share(self, drafter: str) -> float:
+        """The share of its gain over plain rounds that the other drafters which are ready would not have brought."""
+        own_s = 1 / self._gains.get(drafter, 1.0)
+        without_s = 1 / max((gain for name, gain in self._gains.items() if name != drafter), default=1.0)
+        return max(without_s - own_s, 0.0) / (1 - own_s) if own_s < 1 else 1.0
+
     def _charge_trial(self, rows: int, choice: Choice, seconds: float, trial: Trial) -> None:
         """Charges at most 3 times the expected seconds: outliers hit plain rounds too."""
         drafter = self._drafters[choice.drafter]
-        options = self._options(drafter, rows, self._costs.verifications(rows, self._candidates))
+        options = self._rates.options(drafter, rows, self._rates.verifications(rows))
         expected_s = next((option.seconds for option in options if option.choice == choice), None)
         plain_s = self.plain_seconds(rows) or seconds
         cap_s = (2 * choice.gamma + 1) * plain_s if expected_s is None else 3 * expected_s
@@ -242,32 +219,17 @@ class Controller:
 
     def _situation(self, rows: int) -> Situation | None:
         """What there is to decide; None before plain rounds were measured."""
-        plain_s = self.plain_seconds(rows)
-        if plain_s is None:
+        plain = self._rates.plain(rows)
+        if plain is None:
             return None
-        plain = Option(PLAIN, 1 / plain_s, 1 / plain_s, True, plain_s)
-        verifications = self._costs.verifications(rows, self._candidates)
-        options = {d.traits.name: self._options(d, rows, verifications) for d in self._usable(rows)}
+        verifications = self._rates.verifications(rows)
+        options = {d.traits.name: self._rates.options(d, rows, verifications) for d in self._usable(rows)}
         self._gains = {
             name: max([1.0, *(option.rate / plain.rate for option in own if option.known)])
             for name, own in options.items()
             if not self._budget.price_s(name)
         }
         return Situation(rows, plain, options, self._best(plain, list(chain(*options.values()))))
-
-    def _options(self, drafter: DrafterEstimates, rows: int, verifications: list[VerifyCost]) -> list[Option]:
-        """Each γ of a drafter whose cost can be estimated."""
-        step_s = drafter.cost.at(rows)
-        if step_s is None:
-            return []
-        options, near, least_step_s = [], drafter.cost.covers(rows), drafter.cost.floor(rows)
-        for gamma, verify_s, least_verify_s, known in verifications:
-            steps, tokens, known = drafter.steps(gamma), drafter.expected[gamma], known and near
-            seconds = self._costs.pace * (steps * step_s + verify_s)
-            least_s = seconds if known else self._costs.pace * (steps * least_step_s + least_verify_s)
-            choice = Choice(gamma, drafter.traits.name)
-            options.append(Option(choice, tokens / seconds, tokens / least_s, known, seconds))
-        return options
 
     def _best(self, plain: Option, options: list[Option]) -> Option:
         """The known option of the highest rate, if it beats the current one by a margin and pays for preparing."""
@@ -288,7 +250,7 @@ class Controller:
             )
         ]
         best = min([plain, *paying], key=seconds_per_token)
-        margin = CHANGE_MARGIN if current.gamma else TOGGLE_MARGIN
+        margin = CHANGE_MARGIN if current.choice.gamma else TOGGLE_MARGIN
         return best if best.rate > margin * current.rate else current
 
     @staticmethod
@@ -301,19 +263,23 @@ class Controller:
         rows, plain, incumbent = situation.rows, situation.plain, situation.incumbent
         if self._plain_rounds < (MIN_PLAIN_ROUNDS if rows <= FEW_ROWS else PATIENT_PLAIN_ROUNDS):
             return None
-        if incumbent.gamma and self._plain_is_due(situation):
+        if incumbent.choice.gamma and self._plain_is_due(situation):
             return PLAIN
         drafters = self._usable(rows)
         if bet := self._bet(drafters, situation):
             self._budget.expect_to_pay(bet)
             return Choice(self._candidates[0], bet)
+        measured = {d.traits.name: d for d in drafters if situation.options[d.traits.name]}
+        promising = {name: self._promising(drafter, situation) for name, drafter in measured.items()}
+        for name, option in promising.items():
+            if option and self._budget.affords(name, option.loss_s(incumbent), plain.seconds):
+                return option.choice
         for drafter in drafters:
-            if not situation.options[drafter.traits.name] and self._may_begin(drafter, situation):
+            if drafter.traits.name not in measured and self._may_begin(drafter, situation):
                 return Choice(self._candidates[0], drafter.traits.name)
-        for drafter in drafters:
-            options = situation.options[drafter.traits.name]
-            option = self._worth_measuring(drafter, situation, options) if options else None
-            if option and self._budget.affords(drafter.traits.name, option.loss_s(incumbent), plain.seconds):
+        for name, drafter in measured.items():
+            option = None if promising[name] else self._due_again(drafter, situation)
+            if option and self._budget.affords(name, option.loss_s(incumbent), plain.seconds):
                 return option.choice
         return None
 
@@ -324,7 +290,7 @@ class Controller:
         for drafter in drafters:
             name = drafter.traits.name
             if self._budget.price_s(name) and not drafter.cost.covers(rows):
-                rate = self._promise(drafter, rows, plain)
+                rate = plain.rate * self._rates.promise(drafter, rows)
                 if rate > best_rate and self._budget.may_bet(
                     name, self._saving(plain, incumbent, rate), plain.seconds
                 ):
@@ -334,81 +300,52 @@ class Controller:
     def _may_begin(self, drafter: DrafterEstimates, situation: Situation) -> bool:
         """Whether to try a drafter that was not measured yet: not where it would lose with every draft accepted."""
         rows, plain, name = situation.rows, situation.plain, drafter.traits.name
-        if self._promise(drafter, rows, plain, at_best=True) <= TOGGLE_MARGIN * situation.incumbent.rate:
+        at_best = plain.rate * self._rates.promise(drafter, rows, at_best=True)
+        if at_best <= TOGGLE_MARGIN * situation.incumbent.rate:
             return False
         free = not self._budget.price_s(name) and self._budget.lost_s <= FREE_PLAIN_ROUNDS * plain.seconds
         return free or self._budget.affords(name, 0.0, plain.seconds)
 
-    def _promise(self, drafter: DrafterEstimates, rows: int, plain: Option, at_best: bool = False) -> float:
-        """The rate that a drafter should have at a batch size at which it was not measured.
-
-        A draft is taken to cost the share of a plain round that it does at other batch sizes, and a verification as
-        much as a plain round with as many tokens, where neither was measured.
-
-        Args:
-            at_best: every draft is accepted, and a verification without a measurement costs a plain round.
-        """
-        curve, share = self._costs.plain, drafter.traits.prior_cost
-        usual_s = curve.at(rows)
-        assert usual_s is not None, "there are options"
-        if drafter.cost.largest:
-            other, step_s = drafter.cost.nearest(rows)
-            share = step_s / (curve.at(other) or step_s)
-        measured = self._costs.verifications(rows, self._candidates) if self._costs.has_verified(rows) else []
-        best = plain.rate
-        for i, gamma in enumerate(self._candidates):
-            verify = 1.0 if rows <= PRIOR_FLAT_ROWS or at_best else gamma + 1.0
-            if measured:
-                verify = (measured[i].least_s if at_best else measured[i].seconds) / usual_s
-            elif len(curve.sizes) > 1 and not at_best:
-                verify = max(1.0, (curve.at(rows * (gamma + 1)) or 0.0) / usual_s)
-            tokens = gamma + 1 if at_best else drafter.expected[gamma]
-            best = max(best, plain.rate * tokens / (drafter.steps(gamma) * share + verify))
-        return best
-
-    def _worth_measuring(
-        self, drafter: DrafterEstimates, situation: Situation, options: list[Option]
-    ) -> Option | None:
-        """A draft length that may be better than known, or whose measurements are old."""
-        if promising := self._promising(situation, options):
-            covered = drafter.cost.covers(situation.rows)
-            return max(promising, key=lambda option: option.ceiling) if covered else promising[0]
-        return self._due_again(drafter, situation, options)
-
-    def _promising(self, situation: Situation, options: list[Option]) -> list[Option]:
-        """Unknown options that may beat the incumbent and are not far longer than what was measured."""
+    def _promising(self, drafter: DrafterEstimates, situation: Situation) -> Option | None:
+        """An unknown option that may beat the incumbent and is not far longer than what was measured."""
         rows = situation.rows
-        reach = REACH * max(self._costs.verify_curve(rows).largest, rows)
-        return [
+        reach = REACH * max(self._rates.costs.verify_curve(rows).largest, rows)
+        promising = [
             option
-            for option in options
+            for option in situation.options[drafter.traits.name]
             if not option.known
             and option.ceiling > TOGGLE_MARGIN * situation.incumbent.rate
-            and (rows * (option.gamma + 1) <= reach or len(self._candidates) == 1)
+            and (rows * (option.choice.gamma + 1) <= reach or len(self._candidates) == 1)
         ]
+        if not drafter.cost.covers(rows):
+            return promising[0] if promising else None
+        return max(promising, key=lambda option: option.ceiling, default=None)
 
     def _plain_is_due(self, situation: Situation) -> bool:
         """Whether to run a plain round while speculating: their price must be recent, and its pace certain."""
-        if not self._costs.plain.has(situation.rows) or self._costs.pace_is_odd:
+        if not self._rates.costs.plain.has(situation.rows) or self._rates.costs.pace_is_odd:
             return True
         loss_s = self._least_loss_s(situation.plain, situation)
         return loss_s <= PLAIN_SHARE * (self._budget.clock_s - self._plain_at_s)
 
-    def _due_again(self, drafter: DrafterEstimates, situation: Situation, options: list[Option]) -> Option | None:
+    def _due_again(self, drafter: DrafterEstimates, situation: Situation) -> Option | None:
         """A known option to measure again: the best of a drafter not in use, or lengths with few measurements.
 
-        A round of it must lose little against the time since its last one. Otherwise a bad moment, or an acceptance of
-        former rows, would rule it out for good.
+        A round of it must lose little against the time since its last one, unless that one was accepted surprisingly
+        well. Without such rounds a bad moment, or an acceptance of former rows, would rule it out for good.
         """
-        rows, incumbent = situation.rows, situation.incumbent
-        if incumbent.choice.drafter == drafter.traits.name:
-            curve = self._costs.verify_curve(rows)
-            others = [o for o in options if o.known and not curve.is_settled(rows * (o.gamma + 1))]
+        rows, options = situation.rows, situation.options[drafter.traits.name]
+        is_in_use = situation.incumbent.choice.drafter == drafter.traits.name
+        if is_in_use:
+            curve = self._rates.costs.verify_curve(rows)
+            others = [o for o in options if o.known and not curve.is_settled(rows * (o.choice.gamma + 1))]
         else:
             others = [max(options, key=lambda option: option.rate)]
 
         def due(other: Option) -> bool:
-            since_s = self._budget.clock_s - drafter.measured_at_s(rows, other.gamma)
+            if drafter.surprised and not is_in_use:
+                return True
+            since_s = self._budget.clock_s - drafter.measured_at_s(rows, other.choice.gamma)
             return self._least_loss_s(other, situation) <= PROBE_SHARE * since_s
 
         return max((other for other in others if due(other)), key=lambda option: option.rate, default=None)
@@ -417,44 +354,6 @@ class Controller:
     def _least_loss_s(option: Option, situation: Situation) -> float:
         """The loss of a round of the option, at least a tenth of a plain round, so that it is not run all the time."""
         return max(option.loss_s(situation.incumbent), 0.1 * situation.plain.seconds)
-
-    def _give_up_the_worse(self) -> None:
-        """Ends drafters that lose clearly to another at every batch size, rollout after rollout.
-
-        Matchers are left: they hold no weights, and what there is to copy changes. Of the others only those are
-        compared that drafted in the same rollout, so that what training does to acceptance is in both.
-        """
-        drafted = [d for d in self._drafters.values() if d.has_drafted and not d.traits.per_round]
-        rivals = [d for d in drafted if d.traits.name not in self.given_up]
-        for worse in rivals if len(rivals) > 1 else ():
-            lost = [(b, why) for b in rivals if b is not worse and (why := self._why_worse(worse, b))]
-            worse.losses = worse.losses + 1 if lost else 0
-            for better, why in lost[:1]:
-                num_examined = min(worse.num_examined, better.num_examined)
-                if worse.losses >= GIVE_UP_ROLLOUTS and num_examined >= GIVE_UP_DRAFTS:
-                    self.give_up(worse.traits.name, why)
-
-    def _why_worse(self, worse: DrafterEstimates, better: DrafterEstimates) -> str | None:
-        """The figures at the size at which the two are closest, if the one loses clearly at every size."""
-        gains = []
-        for rows in worse.cost.sizes:
-            mine, theirs = self._gain(worse, rows), self._gain(better, rows)
-            if not mine or not theirs or theirs <= GIVE_UP_MARGIN * mine:
-                return None
-            gains.append((theirs / mine, rows, mine, theirs))
-        if not gains:
-            return None
-        _, rows, mine, theirs = min(gains)
-        return (
-            f"{better.traits.name} gives {theirs:.2f}x the tokens per second of plain rounds at {_count(rows)} and this "
-            f"one {mine:.2f}x, no closer at any other batch size measured"
-        )
-
-    def _gain(self, drafter: DrafterEstimates, rows: int) -> float | None:
-        """Its best rate over plain rounds' at a batch size; None where it is not known."""
-        options = self._options(drafter, rows, self._costs.verifications(rows, self._candidates))
-        plain_s = self.plain_seconds(rows)
-        return None if plain_s is None else max((o.rate * plain_s for o in options if o.known), default=None)
 
     def explain(self) -> str:
         """Why the last choice was made, in one sentence."""
@@ -480,7 +379,7 @@ class Controller:
         shown = next((option for option in options if option.choice == self._choice), best)
         gamma, name = shown.choice
         drafter, gain = self._drafters[name], shown.rate / plain.rate
-        cost = (drafter.cost.at(self._rows) or 0.0) * self._costs.pace / plain.seconds
+        cost = (drafter.cost.at(self._rows) or 0.0) * self._rates.costs.pace / plain.seconds
         figures = (
             f"a draft{'' if drafter.traits.per_round else ' step'} costs {cost:.2f} and a verify "
             f"{shown.seconds / plain.seconds - drafter.steps(gamma) * cost:.2f} of a plain round, so at the measured "
@@ -498,7 +397,7 @@ class Controller:
         """What was learned, as JSON-able values, without settings and the rollout in progress."""
         return {
             "version": STATE_VERSION,
-            **self._costs.state(),
+            **self._rates.costs.state(),
             **self._budget.state(),
             "plain_rounds": self._plain_rounds,
             "drafters": {name: d.state() | self._budget.drafter_state(name) for name, d in self._drafters.items()},
@@ -525,7 +424,8 @@ class Controller:
             account = budget.accounts.setdefault(name, DrafterAccount())
             account.expected_s = self._budget.accounts[name].expected_s
         budget.accounts = {name: budget.accounts[name] for name in self._drafters}
-        self._costs, self._budget, self._plain_rounds = costs, budget, plain_rounds
+        self._rates, self._budget = Rates(costs, self._candidates), budget
+        self._plain_rounds = plain_rounds
         self._plain_at_s = budget.clock_s
         self.begin_rollout()
 

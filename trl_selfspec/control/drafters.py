@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_selfspec.control.acceptance import Acceptance
-from trl_selfspec.control.constants import FAST_DECAY, MAX_AGE, SLOW_DECAY
+from trl_selfspec.control.constants import FAST_DECAY, MAX_AGE, SLOW_DECAY, SURPRISE
 from trl_selfspec.control.cost_model import CostCurve, bucket
 from trl_selfspec.control.saved_state import checked
 from trl_selfspec.options import MAX_DRAFT_LENGTH
@@ -43,6 +43,7 @@ class DrafterEstimates:
         self.recent.restart()
         self.expected = self.recent.tokens_per_round(MAX_DRAFT_LENGTH)  # by draft length
         self.has_drafted = False  # in this rollout
+        self.surprised = False  # its last round was accepted far better than expected
 
     @property
     def num_examined(self) -> float:
@@ -55,6 +56,7 @@ class DrafterEstimates:
 
     def add(self, rows: int, gamma: int, accepted: Sequence[int], examined: Sequence[int], now_s: float) -> None:
         """Counts what became of a round's drafts."""
+        self.surprised = sum(accepted) > (self.recent.alpha + SURPRISE) * sum(examined)
         self.recent.add(accepted, examined, rounds=min(1 + self._rounds_since, MAX_AGE))
         self._lasting[self._context].add(accepted, examined)
         self.expected = self.recent.tokens_per_round(MAX_DRAFT_LENGTH)
