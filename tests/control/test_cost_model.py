@@ -58,7 +58,7 @@ def test_a_bad_moment_does_not_rule_a_draft_length_out(monkeypatch: pytest.Monke
     draft = share_of_gpu(0.3)
     machine, controller = Machine(gpu, draft, lambda rows, i: float(i < 4), noise=0.0), one_drafter(4)
     best, other = 4, 2
-    controller._candidates = range(other, best + 1, other)  # two lengths to choose from
+    controller._candidates = controller._rates._draft_lengths = range(other, best + 1, other)  # two lengths
     machine.rounds(1, controller, 5)
     for gamma, stall, rounds in ((other, 1, 20), (best, 3, 2)):
         for _ in range(rounds):

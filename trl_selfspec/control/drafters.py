@@ -43,7 +43,7 @@ class DrafterEstimates:
         self.recent.restart()
         self.expected = self.recent.tokens_per_round(MAX_DRAFT_LENGTH)  # by draft length
         self.has_drafted = False  # in this rollout
-        self.surprised = False  # its last round was accepted better than expected, beyond chance
+        self.surprised = False  # its last round was accepted far better than expected
 
     @property
     def num_examined(self) -> float:
@@ -56,8 +56,7 @@ class DrafterEstimates:
 
     def add(self, rows: int, gamma: int, accepted: Sequence[int], examined: Sequence[int], now_s: float) -> None:
         """Counts what became of a round's drafts."""
-        alpha, n = self.recent.alpha, sum(examined)
-        self.surprised = sum(accepted) > n * alpha + SURPRISE * (n * alpha * (1 - alpha)) ** 0.5
+        self.surprised = sum(accepted) > (self.recent.alpha + SURPRISE) * sum(examined)
         self.recent.add(accepted, examined, rounds=min(1 + self._rounds_since, MAX_AGE))
         self._lasting[self._context].add(accepted, examined)
         self.expected = self.recent.tokens_per_round(MAX_DRAFT_LENGTH)
