@@ -98,7 +98,7 @@ class Machine:
             usual_s = controller.usual_plain_seconds(rows)
             controller.observe_speculative(rows, choice, draft_s, verify_s, accepted, examined)
             self.comparison.add_speculative_round(draft_s + verify_s, tokens, usual_s)
-            self.stats.add_speculative_round("quantized", rows, gamma, draft_s, verify_s, accepted, examined)
+            self.stats.add_speculative_round(name, rows, gamma, draft_s, verify_s, accepted, examined)
         return [n + 1 for n in counts]
 
     def _prepare(self, name: str, controller: Controller) -> None:

@@ -80,10 +80,7 @@ UNSTEADY = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "rollouts"),
-    [*((name, n) for name in UNSTEADY for n in (3, 20)), pytest.param("steady", 60, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("name", "rollouts"), [*((name, n) for name in UNSTEADY for n in (3, 20)), ("steady", 60)])
 def test_short_rollouts_that_speculation_slows_lose_at_most_2_percent(name: str, rollouts: int) -> None:
     """16 rows of up to 96 tokens; building, requantizing and every trial included."""
     for seed in range(3):

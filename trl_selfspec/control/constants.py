@@ -46,8 +46,4 @@ SHRINK_WEIGHT = 8.0  # examined tokens at which a position weighs as much as the
 SEED_WEIGHT = 64.0  # examined tokens that the counts of earlier rollouts are worth in a new one
 FAST_DECAY, SLOW_DECAY = 0.98, 0.998  # per round: half-lives of 34 and 346; the slow one seeds the next rollout
 MAX_AGE = 35  # rounds without drafts age the counts by at most this many: one probe halves older evidence
-<<<<<<< HEAD
-SURPRISE = 1.0  # standard deviations above what was expected, at which a drafter is probed again at once
-=======
 SURPRISE = 0.2  # of alpha: a drafter not in use that was accepted better by so much is probed again at once
->>>>>>> h-control
