@@ -172,11 +172,12 @@ def test_replayed_rounds_follow_rows_that_pause(
     """Prevents a captured round from reading a table that the host has since changed, or storage that has gone."""
     monkeypatch.setitem(engine_module.ROUNDS_AHEAD, "cpu", ahead)
     monkeypatch.setattr(build, "_library", lambda: None)  # our C kernels are no operations of torch: none is recorded
-    expected = make_engine(model).generate(GROUPS, config(SAMPLED), seed=SEED)
+    prompts = GROUPS[:12]
+    expected = make_engine(model).generate(prompts, config(SAMPLED), seed=SEED)
     engine = make_engine(model, capture=recorded)
     for num_pages in (LONGEST, 20):
         give_pages(monkeypatch, engine, num_pages)
-        actual = engine.generate(GROUPS, config(SAMPLED), seed=SEED)
+        actual = engine.generate(prompts, config(SAMPLED), seed=SEED)
         assert_same(actual, expected)
         assert actual.stats.paused_rows > 0
         assert len(engine.graphs) > 0

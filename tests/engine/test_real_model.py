@@ -180,12 +180,9 @@ def teacher_forced(
     return torch.cat([row[start - 1 : start - 1 + length] for row, start, length in spans])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dtype", "autocast_dtype"),
-    [
-        pytest.param(*types, id=name, marks=[] if name == "fp32" else pytest.mark.slow)
-        for name, types in DTYPES.items()
-    ],
+    ("dtype", "autocast_dtype"), [pytest.param(*types, id=name) for name, types in DTYPES.items()]
 )
 def test_log_probabilities_are_the_policys_own(
     policy: LlamaForCausalLM, prompts: list[list[int]], dtype: torch.dtype, autocast_dtype: torch.dtype | None
