@@ -247,9 +247,14 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 def test_the_compiled_program_drafts_by_the_definition(
     cases: Cases, compiled: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What GPUs run, here by Inductor on the CPU. One program for all sizes but a single row or slot: compiling takes
-    seconds, in the middle of a rollout.
+    """What GPUs run, here by Inductor on the CPU. Three programs for all sizes (a single row, a row for every slot,
+    any other): compiling takes seconds, in the middle of a rollout. Texts have more tokens than there are slots, for
+    sizes that happen to be equal are compiled apart.
     """
-    function = samplers.compiled_on_gpu(eager_suffix_match.__wrapped__)
-    assert differing(function, cases) == 0
-    assert 0 < len(compiled) <= 6
+    fresh = samplers.compiled_on_gpu(eager_suffix_match.__wrapped__)
+    monkeypatch.setattr(matching, "eager_suffix_match", fresh)
+    usual = [(case, drafts) for case, drafts in cases if case.texts.shape[1] > len(case.texts) > 1]
+    assert len(usual) > 1000
+    usual = [(Case(*(v.contiguous() if isinstance(v, Tensor) else v for v in case)), drafts) for case, drafts in usual]
+    assert differing(longest_suffix_match, usual) == 0
+    assert 0 < len(compiled) <= 3
