@@ -40,7 +40,9 @@ def longest_suffix_match(
     """
     if cpu.is_supported(texts):
         return cpu.suffix_match(texts, lengths, starts, slots, first, end, gamma, MAX_MATCH)
-    return eager_suffix_match(texts, lengths, starts, slots, first, end, gamma, group_size, width)
+    # A size of 1 is compiled apart from all others, and torch gives a function up after eight programs.
+    drafts = eager_suffix_match(texts, lengths, starts, slots, first, end, max(gamma, 2), max(group_size, 2), width)
+    return drafts[:, :gamma]
 
 
 @compiled_on_gpu
