@@ -54,13 +54,27 @@ def absorbed_query(module: nn.Module, query: Tensor) -> Tensor:
     """`(B, H, T, D)`, without a position and then rotated, to what attends to a rotated key and a latent."""
     plain, rotated = query.split([module.qk_nope_head_dim, module.qk_rope_head_dim], dim=3)  # type: ignore[list-item]
     weight = _head_weights(module, query.shape[1])[:, : plain.shape[3]]
-    return torch.cat([rotated, torch.einsum("bhtd,hdr->bhtr", plain.to(weight.dtype), weight).to(query.dtype)], dim=3)
+    return torch.cat([rotated, _multiply_heads(plain, weight).to(query.dtype)], dim=3)
 
 
 def values_of_latents(module: nn.Module, out: Tensor) -> Tensor:
     """From what heads saw of latents, `(B, T, H, rank)`, what they would have seen of values, `(B, T, H, Dv)`."""
     weight = _head_weights(module, out.shape[2])[:, module.qk_nope_head_dim :]  # type: ignore[misc]
-    return torch.einsum("bthr,hdr->bthd", out.to(weight.dtype), weight).contiguous()
+    return _multiply_heads(out.transpose(1, 2), weight.transpose(1, 2)).transpose(1, 2).contiguous()
+
+
+def _multiply_heads(x: Tensor, weight: Tensor) -> Tensor:
+    """`(B, H, T, n)` by `(H, n, m)`.
+
+    einsum and reshape would be compiled anew for T = 1, and matmul would copy the weight B times.
+    """
+    num_rows, num_heads, num_steps, size = x.shape
+    heads_first = x.to(weight.dtype).transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    return (
+        torch.bmm(heads_first.view(num_heads, num_rows * num_steps, size), weight)
+        .view(num_heads, num_rows, num_steps, -1)
+        .transpose(0, 1)
+    )
 
 
 def _head_weights(module: nn.Module, num_heads: int) -> Tensor:  # (H, D without a position + Dv, rank)

@@ -197,7 +197,7 @@ def write(
 
 def tiling(num_queries: int, dim: int, value_dim: int, itemsize: int) -> tuple[int, int, int, int]:
     """Queries and slots at a time, and both dimensions padded, so that registers and shared memory hold the sums and
-    two blocks of keys and values. fp32 has no exact tensor cores to fill with queries.
+    two blocks of keys and values: fewer queries of sizes above 256. fp32 has no exact tensor cores to fill with queries.
     """
     dims, value_dims = (max(16, triton.next_power_of_2(x)) for x in (dim, value_dim))
     tile = min(64 if itemsize == 2 else 16, max(16, 16384 // value_dims), max(16, triton.next_power_of_2(num_queries)))
@@ -229,7 +229,7 @@ def attend(
     sinks: Tensor | None = None,  # (H,)
 ) -> Tensor:  # (B, T, H, Dv), dtype of `keys`
     """Attention in fp32: a query at position p sees slots max(0, p - window + 1)..p of its row, or
-    p // window * window..p if `chunked`. A query of size D + Dv attends to keys that are a key and its value (latents).
+    p // window * window..p if `chunked`. With latents a key is D and its value together, and a query has D + Dv.
 
     A query's result depends neither on the other rows nor on `num_slots`.
     """
@@ -255,8 +255,8 @@ def attend(
         _attend_split, grid,
         query, addresses, table, positions, sums, statistics, *query.stride()[:3], table.stride(0),
         num_steps, groups, num_slots, window, scale, cap,
-        num_kv_heads, dim, value_dim, page_size, chunked, query_dim > dim, softcap is not None, tile, block, dims, value_dims,
-        split, num_warps=num_warps(tile, value_dims),
+        num_kv_heads, dim, value_dim, page_size, chunked, query_dim > dim, softcap is not None,
+        tile, block, dims, value_dims, split, num_warps=num_warps(tile, value_dims),
     )  # fmt: skip
     launch(
         _combine, (num_rows * num_steps, num_heads),
