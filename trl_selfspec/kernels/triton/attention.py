@@ -197,7 +197,7 @@ def write(
 
 def tiling(num_queries: int, dim: int, value_dim: int, itemsize: int) -> tuple[int, int, int, int]:
     """Queries and slots at a time, and both dimensions padded, so that registers and shared memory hold the sums and
-    two blocks of keys and values: fewer queries of sizes above 256. fp32 has no exact tensor cores to fill with queries.
+    two blocks of keys and values: fewer queries of wide heads. fp32 has no exact tensor cores to fill with queries.
     """
     dims, value_dims = (max(16, triton.next_power_of_2(x)) for x in (dim, value_dim))
     tile = min(64 if itemsize == 2 else 16, max(16, 16384 // value_dims), max(16, triton.next_power_of_2(num_queries)))
