@@ -79,7 +79,7 @@ def speculative_rounds(monkeypatch: pytest.MonkeyPatch) -> list[RoundResult]:
     result = PendingRound.result
 
     def recorded(pending: PendingRound) -> RoundResult:
-        (results if pending.gamma else []).append(result(pending))
+        (results if pending.choice.gamma else []).append(result(pending))
         return result(pending)
 
     monkeypatch.setattr(PendingRound, "result", recorded)
