@@ -36,6 +36,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"num_key_value_heads": None, "head_dim": None},
     "granite": {"attention_multiplier": 0.2, "residual_multiplier": 0.8, "logits_scaling": 2.0},
     "qwen3_moe": {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "head_dim": None,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 24,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "first_k_dense_replace": 2,
+    },
+    "llama4_text": {
+        "intermediate_size_mlp": 96,
+        "attention_chunk_size": 6,
+        "no_rope_layers": [1, 0],
+        "moe_layers": [],
+        "floor_scale": 4,
+        "attn_scale": 0.3,
+    },
 }
 
 

@@ -27,7 +27,7 @@ DOCUMENTED = ROOT / "docs" / "models.md"
 EQUAL = [
     "afmoe",  # takes views of what attention returns
     "cohere2",  # sliding and global layers, one norm for both branches
-    "deepseek_v3",  # latent attention: the cache is handed other states than attention
+    "deepseek_v3",  # latent attention
     "gemma4_text",  # head sizes by layer; layers that share keys and values
     "glm4_moe",  # half of a head is rotated, in layers that have Llama's parts
     "gpt2",  # learned positions, Conv1D
@@ -35,6 +35,7 @@ EQUAL = [
     "hunyuan_v1_moe",  # reads the dtype of a weight that the drafter quantizes
     "jetmoe",  # repeats its keys
     "llama",
+    "llama4_text",  # chunks of the context, queries scaled by position
     "minimax_m2",  # norms over all heads
     "opt",  # positions with an offset
     "qwen2_moe",  # leaves its window to the mask
@@ -48,7 +49,6 @@ REFUSED = {
     "falcon": "",  # no registry
     "falcon_h1": "recurrent state",
     "lfm2": "recurrent state, in layers of type `conv`",
-    "llama4_text": "chunks",
     "mamba": "recurrent state",
     "nemotron_h": "recurrent state",
     "qwen3_next": "recurrent state, in layers of type `linear_attention`",
@@ -125,7 +125,7 @@ def test_rotary_scaling_by_the_longest_row_is_refused_in_any_layer_type(rope_typ
     [
         ("llama", 4 * 2 * (32 + 32)),  # layers, heads, sizes of a key and a value
         ("gemma4_text", 2 * (32 + 32) + 2 * (16 + 16)),  # the last two of four layers keep none
-        ("deepseek_v3", 4 * 4 * (24 + 32)),  # not compressed
+        ("deepseek_v3", 4 * (24 + 8)),  # a latent and a rotated key, for all heads
     ],
 )
 @pytest.mark.parametrize("kv_dtype", [None, torch.bfloat16])

@@ -79,7 +79,7 @@ def speculative_rounds(monkeypatch: pytest.MonkeyPatch) -> list[RoundResult]:
     result = PendingRound.result
 
     def recorded(pending: PendingRound) -> RoundResult:
-        (results if pending.gamma else []).append(result(pending))
+        (results if pending.choice.gamma else []).append(result(pending))
         return result(pending)
 
     monkeypatch.setattr(PendingRound, "result", recorded)
@@ -118,7 +118,7 @@ def test_greedy_output_does_not_depend_on_batch_and_draft_length(
     assert make_engine(llama, gamma).generate(prompts, greedy_config()).completion_ids == expected
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "deepseek_v3", "llama4_text"])
 @pytest.mark.parametrize("gamma", [0, 3, 7])
 def test_an_end_token_inside_a_draft_ends_the_row_there(
     family: str, gamma: int, speculative_rounds: list[RoundResult]
@@ -169,7 +169,9 @@ def test_rows_end_at_the_models_context(family: str, gamma: int) -> None:
         assert tokens[:12] == reference[: 32 - len(prompt)]
 
 
-@pairwise(family=["llama", "mistral", "gemma2"], page_size=[None, 4], max_batch_size=[2, 5])
+@pairwise(
+    family=["llama", "mistral", "gemma2", "deepseek_v3", "llama4_text"], page_size=[None, 4], max_batch_size=[2, 5]
+)
 def test_rows_may_wait_move_and_take_over_from_others(
     monkeypatch: pytest.MonkeyPatch, family: str, page_size: int | None, max_batch_size: int
 ) -> None:

@@ -50,6 +50,7 @@ class Case:
         dtype: torch.dtype = FP32,
         num_slots: int | None = None,
         shared: int = 0,  # leading slots that rows share with row 0
+        latent: bool = False,  # queries attend to keys that are a key and its value
     ) -> None:
         self.heads, self.groups, self.steps, self.dim = heads, groups, steps, dim
         self.value_dim = value_dim or dim
@@ -75,7 +76,8 @@ class Case:
             layer.keys[pages, slots] = self.randn(length, heads, dim).to(dtype)
             layer.values[pages, slots] = self.randn(length, heads, self.value_dim).to(dtype)
         self.layer, self.dtype = layer, dtype
-        self.query = self.states(heads * groups, dim)
+        self.latent = latent
+        self.query = self.states(heads * groups, dim + latent * self.value_dim)
         self.cache.begin(self.positions, self.num_slots)
 
     @staticmethod
@@ -95,20 +97,25 @@ class Case:
         return attend(self.query[rows], *storage, table, positions, **kwargs)
 
     def reference(
-        self, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None
+        self,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        chunked: bool = False,
     ) -> Tensor:
         """Row by row over its own slots, so that NaN behind them stays out of 0 * NaN."""
         out = []
         for row, positions in enumerate(self.positions):
             length = int(positions[-1]) + 1
             start = max(0, int(positions[0]) - window + 1) if window else 0
-            states = (
+            keys, values = (
                 x.transpose(1, 2)[row : row + 1, :, start:length]
                 for x in self.cache.keys_and_values(self.cache.pages_of[0])
             )
-            bias = self.cache.bias(window, self.groups, FP32)[row : row + 1, :, :, start:length]
-            packed = self.query[row].reshape(1, self.heads, self.groups * self.steps, self.dim)
-            out.append(_eager_attention(packed, *states, bias, self.dim**-0.5, softcap, sinks, self.groups))
+            keys = torch.cat([keys, values], -1) if self.latent else keys
+            bias = self.cache.bias(window, self.groups, FP32, chunked)[row : row + 1, :, :, start:length]
+            packed = self.query[row].reshape(1, self.heads, self.groups * self.steps, -1)
+            out.append(_eager_attention(packed, keys, values, bias, self.dim**-0.5, softcap, sinks, self.groups))
         result = torch.cat(out).reshape(len(out), self.heads * self.groups, self.steps, self.value_dim)
         return result.transpose(1, 2)
 
@@ -131,6 +138,27 @@ def test_the_kernel_equals_its_reference(dtype: torch.dtype, steps: int, groups:
     assert close(fast, case.reference(window))
     assert window is None or not close(fast, case.reference(window + 1))
     assert window is not None or not close(fast, case.reference(299))
+
+
+@pairwise(dtype=[FP32, BF16], steps=[1, 5], window=[7, 256, 300], latent=[False, True])
+def test_chunks(dtype: torch.dtype, steps: int, window: int, latent: bool):
+    """A chunk ends within a split, with it, and behind it; steps of one row lie in two chunks."""
+    case = Case([steps, 301, 516], steps, heads=1, groups=4, dim=16, dtype=dtype, latent=latent)
+    fast = case.kernel(window=window, chunked=True)
+    assert close(fast, case.reference(window, chunked=True))
+    assert not close(fast, case.reference(window)), "negative control: a window"
+
+
+@pairwise(dtype=[FP32, BF16], head=[(8, 24), (64, 128), (64, 512)], groups=[4, 20], steps=[1, 3], page_size=[16, 70])
+def test_latents(dtype: torch.dtype, head: tuple[int, int], groups: int, steps: int, page_size: int):
+    """Heads of all attend to one key, in two places of memory. Negative control: a key without its latent."""
+    if head[1] == 512 and dtype is FP32:
+        pytest.skip("more than the kernel takes")
+    case = Case([steps, 37, 300], steps, 1, groups, *head, page_size, dtype, latent=True)
+    fast = case.kernel()
+    assert close(fast, case.reference())
+    case.query[..., head[0] :] = 0
+    assert not close(fast, case.reference())
 
 
 @pairwise(dtype=[FP32, FP16, BF16], extras=[(2.0, False), (None, True), (2.0, True)], window=[None, 100])
@@ -288,9 +316,10 @@ def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch):
         return can_attend_on_gpu(steps, keys, values)
 
     with FakeTensorMode():
-        assert takes() and takes(17) and takes(dim=256, value_dim=80) and takes(dtype=torch.bfloat16)
+        assert takes() and takes(17) and takes(dim=512, value_dim=80) and takes(dtype=torch.bfloat16)
+        assert takes(dim=256, dtype=FP32) and not takes(dim=257, dtype=FP32)
         assert not takes(on="cpu") and not takes(18) and not takes(dtype=torch.float64)
-        assert not takes(dim=257) and not takes(value_dim=512)
+        assert not takes(dim=513) and not takes(value_dim=1024)
 
 
 def test_the_kernels_go_where_the_addresses_say(triton_attention: ModuleType):

@@ -43,17 +43,19 @@ ATTENTION = """
 from trl_selfspec.kernels.triton.attention import SPLIT, COMBINED, _attend_split, _combine, _write_slot, num_warps
 from trl_selfspec.kernels.triton.attention import tiling
 
-dtype, dim, queries = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+dtype, dim, value_dim, queries = sys.argv[2], *map(int, sys.argv[3:6])
 state, itemsize = "*" + dtype, 4 if dtype == "fp32" else 2
-tile, block, dims, value_dims = tiling(queries, dim, dim, itemsize)
-sizes = {"HEADS": 3, "DIM": dim, "VALUE_DIM": dim, "DIMS": dims, "VALUE_DIMS": value_dims}
+tile, block, dims, value_dims = tiling(queries, dim, value_dim, itemsize)
+sizes = {"HEADS": 3, "DIM": dim, "VALUE_DIM": value_dim, "DIMS": dims, "VALUE_DIMS": value_dims}
 pointers = {"query": state, "addresses": "*i64", "table": "*i64", "positions": "*i64"}
 pointers |= {"sums": "*fp32", "statistics": "*fp32"}
 constants = sizes | {"PAGE_SIZE": 64, "SOFTCAP": True, "TILE": tile, "BLOCK": block, "SPLIT": SPLIT}
+constants |= {"CHUNKED": True, "LATENT": value_dim > dim}
 warps = num_warps(tile, value_dims)
 compiled(_attend_split, pointers, constants, ("scale", "softcap"), num_warps=warps)
 pointers = {"sums": "*fp32", "statistics": "*fp32", "positions": "*i64", "sinks": state, "out": state}
-constants = {"SINKS": True, "VALUE_DIM": dim, "VALUE_DIMS": value_dims, "SPLIT": SPLIT, "COMBINED": COMBINED}
+constants = {"CHUNKED": True, "SINKS": True, "VALUE_DIM": value_dim, "VALUE_DIMS": value_dims}
+constants |= {"SPLIT": SPLIT, "COMBINED": COMBINED}
 compiled(_combine, pointers, constants)
 pointers = {"key": state, "value": state, "addresses": "*i64", "write_index": "*i64"}
 compiled(_write_slot, pointers, sizes | {"PADDED_HEADS": 4, "DTYPE": TYPES[dtype]})
@@ -152,17 +154,26 @@ def test_what_changes_with_the_batch_compiles_nothing(lines):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize(("dtype", "dim", "queries"), [("bf16", 128, 7), ("bf16", 256, 119), ("fp32", 80, 7)])
-def test_attention_compiles(capability: str, dtype: str, dim: int, queries: int, usage):
+@pytest.mark.parametrize(
+    ("dtype", "dim", "value_dim", "queries"),
+    [
+        ("bf16", 128, 128, 7),
+        ("bf16", 256, 256, 119),
+        ("bf16", 512, 512, 119),
+        ("bf16", 64, 512, 128),  # latents
+        ("fp32", 80, 80, 7),
+    ],
+)
+def test_attention_compiles(capability: str, dtype: str, dim: int, value_dim: int, queries: int, usage):
     """What the interpreter accepts may still be no Triton, or ask for more shared memory than a GPU has."""
-    attend, combine, write = usage(ATTENTION, capability, dtype, dim, queries)
+    attend, combine, write = usage(ATTENTION, capability, dtype, dim, value_dim, queries)
     assert max(shared for shared, *_ in (attend, combine, write)) <= SMALLEST_SHARED_MEMORY
     assert [tensor_cores for _, tensor_cores, *_ in (attend, combine)] == [dtype != "fp32", False]
 
 
 def test_pages_found_by_address_are_copied_ahead(usage):
     """An address says nothing of its alignment, and 2 bytes at a time cannot be copied in the background."""
-    arguments = "90", "bf16", 128, 7
+    arguments = "90", "bf16", 128, 128, 7
     assert usage(ATTENTION, *arguments)[0][3]
     assert not usage(UNALIGNED + ATTENTION, *arguments)[0][3], "negative control"
 

@@ -66,10 +66,7 @@ class PagedLayer(CacheLayerMixin):
         self.addresses.copy_(to_device([keys.data_ptr(), values.data_ptr()], self.addresses.device))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Returns the states unchanged: the attention function writes them.
-
-        They may have other shapes than those that it writes (latent attention gives compressed states here).
-        """
+        """Returns the states unchanged: the attention function writes them."""
         self.latest = weakref.ref(key_states)
         return key_states, value_states
 
@@ -170,7 +167,7 @@ class PagedCache(Cache):
         if lengths is not None:
             positions = positions.clamp(max=num_slots - 1)  # padding that sees no key at all would become NaN
         self.positions, self.num_slots, self.rows, self.fresh = positions, num_slots, rows, fresh
-        self._bias: dict[tuple[int | None, int, torch.dtype], Tensor] = {}
+        self._bias: dict[tuple[int | None, int, torch.dtype, bool], Tensor] = {}
 
     def sync_table(self) -> None:
         """Copies changed rows of the table to the device, in place and without a host sync.
@@ -210,16 +207,16 @@ class PagedCache(Cache):
         keys, values = (storage[pages].flatten(1, 2)[:, : self.num_slots] for storage in (layer.keys, layer.values))
         return keys, values
 
-    def bias(self, sliding_window: int | None, repeats: int, dtype: torch.dtype) -> Tensor:
+    def bias(self, window: int | None, repeats: int, dtype: torch.dtype, chunked: bool = False) -> Tensor:
         """Additive visibility mask `(B, 1, repeats * T, S)`, built once per forward and window.
 
         S is `num_slots`, or T in a fresh prefill. The T queries repeat `repeats` times (grouped heads packed into
         the query length).
         """
-        key = (sliding_window, repeats, dtype)
+        key = (window, repeats, dtype, chunked)
         if key not in self._bias:
             slots = self.positions[:, None, :] if self.fresh else torch.arange(self.num_slots, device=self.device)
-            self._bias[key] = visibility_bias(self.positions, slots, sliding_window, repeats, dtype)
+            self._bias[key] = visibility_bias(self.positions, slots, window, repeats, dtype, chunked)
         return self._bias[key]
 
     @property
@@ -377,15 +374,16 @@ def write_states(
 def visibility_bias(
     positions: Tensor,  # (B, T)
     slots: Tensor,  # (S,), or (B, 1, S)
-    sliding_window: int | None,
+    window: int | None,
     repeats: int,
     dtype: torch.dtype,
+    chunked: bool = False,
 ) -> Tensor:  # (B, 1, repeats * T, S)
-    """0 where a query sees a slot, else -inf."""
+    """0 where a query sees a slot, else -inf. It sees `window` slots back, or those of its chunk of `window` slots."""
     queries = positions[:, :, None]
     hidden = slots > queries
-    if sliding_window is not None:
-        hidden |= slots <= queries - sliding_window
+    if window is not None:
+        hidden |= slots < queries // window * window if chunked else slots <= queries - window
     bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
     num_rows, num_queries, num_keys = bias.shape
     packed = bias[:, None, None].expand(num_rows, 1, repeats, num_queries, num_keys)

@@ -25,7 +25,6 @@ def refuse_unsupported(base: PreTrainedModel) -> None:
     """
     _refuse_device(base)
     _refuse_other_state(base)
-    _refuse_chunked_attention(base)
     _refuse_batch_dependent_rope(base)
     _refuse_uncapped_attention(base)
 
@@ -60,13 +59,6 @@ def _refuse_other_state(base: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{type(base).__name__} keeps more than keys and values, such as a recurrent state, {where}"
             f"which the engine does not run yet; {USE_TRL}"
-        )
-
-
-def _refuse_chunked_attention(base: PreTrainedModel) -> None:
-    if "chunked_attention" in (getattr(base.config.get_text_config(decoder=True), "layer_types", None) or ()):
-        raise UnsupportedModelError(
-            f"{type(base).__name__} attends within chunks of its context, which the engine does not run yet; {USE_TRL}"
         )
 
 

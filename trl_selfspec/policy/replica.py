@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from trl_selfspec.kernels import OpaqueLinear, PreparedLinear, fast_norm, prepare_linear
 from trl_selfspec.kernels import triton_support as gpu
 from trl_selfspec.kv_cache.attention import IMPLEMENTATION
+from trl_selfspec.kv_cache.family_attention import prepare_attention
 from trl_selfspec.policy.fused_layers import fuse_layers, fused_layers, joinable_projections
 from trl_selfspec.policy.peft_weights import (
     adapter_state,
@@ -54,6 +55,7 @@ class ReplicaLinear(OpaqueLinear):
 
     fused: FusedRows | None = None  # what a compiled layer multiplies by, once for all parts
     computes_fused = False  # whether the module does so too, for its rounding
+    keeps_weight = False  # whether every tree has this layer itself, because attention reads its weight
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -201,7 +203,7 @@ class PolicyReplica:
         tree = _adopt(_meta_tree(self.base, attention, window), self.model)
         for name, module in self.model.named_modules():
             if isinstance(module, ReplicaLinear):
-                _replace(tree, name, linear(name, module))
+                _replace(tree, name, module if module.keeps_weight else linear(name, module))
         return self._complete(tree)
 
     def with_short_window(self, window: int) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -215,6 +217,7 @@ class PolicyReplica:
     def _complete(self, tree: PreTrainedModel) -> PreTrainedModel:
         """Adds what a tree needs besides its tensors: kernels, and the cast of the embeddings' output."""
         if tree.config._attn_implementation == IMPLEMENTATION:
+            prepare_attention(tree)
             self._use_fast_modules(tree)
         if (dtype := self._embedding_dtype) is not None:
             tree.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.to(dtype))

@@ -36,12 +36,23 @@ def storage(addresses, which: tl.constexpr, DTYPE: tl.constexpr):
     return tl.multiple_of(tl.load(addresses + which).to(tl.pointer_type(DTYPE)), 16)
 
 
+@triton.jit
+def oldest_slot(position, window, CHUNKED: tl.constexpr):
+    """The first slot that a query sees."""
+    if CHUNKED:
+        oldest = position // window * window
+    else:
+        oldest = tl.maximum(position - window + 1, 0)
+    return oldest
+
+
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def _attend_split(
     query, addresses, table, positions, sums, statistics,
     query_row, query_head, query_step, table_row,  # strides
     num_steps, groups, num_slots, window, scale, softcap,
-    HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, SOFTCAP: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    CHUNKED: tl.constexpr, LATENT: tl.constexpr, SOFTCAP: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, DIMS: tl.constexpr, VALUE_DIMS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Softmax over one split: unnormalised sums of values, and per query their maximum and total weight."""
@@ -53,7 +64,7 @@ def _attend_split(
     head, step = kv_head * groups + packed // num_steps, packed % num_steps
 
     position = tl.load(positions + row * num_steps + step).to(tl.int32)
-    oldest = tl.maximum(position - window + 1, 0)
+    oldest = oldest_slot(position, window, CHUNKED)
     newest = tl.minimum(position, num_slots - 1)
     begin = tl.maximum(split * SPLIT, tl.min(oldest, 0))
     end = tl.minimum(split * SPLIT + SPLIT, tl.max(newest, 0) + 1)
@@ -63,6 +74,8 @@ def _attend_split(
     dim, value_dim = tl.arange(0, DIMS)[None, :], tl.arange(0, VALUE_DIMS)[None, :]
     rows = query + row * query_row + head[:, None] * query_head + step[:, None] * query_step
     queries = tl.load(rows + dim, mask=dim < DIM, other=0.0)
+    if LATENT:
+        latent_queries = tl.load(rows + DIM + value_dim, mask=value_dim < VALUE_DIM, other=0.0)
     keys, values = storage(addresses, 0, query.dtype.element_ty), storage(addresses, 1, query.dtype.element_ty)
     maximum = tl.full([TILE], LOWEST, tl.float32)
     total = tl.zeros([TILE], tl.float32)
@@ -76,7 +89,10 @@ def _attend_split(
         value = tl.load(
             values + state * VALUE_DIM + value_dim, mask=read[:, None] & (value_dim < VALUE_DIM), other=0.0
         )
-        scores = scale * tl.dot(queries, tl.trans(key), input_precision="ieee")
+        scores = tl.dot(queries, tl.trans(key), input_precision="ieee")
+        if LATENT:
+            scores += tl.dot(latent_queries, tl.trans(value), input_precision="ieee")
+        scores *= scale
         if SOFTCAP:
             scores = softcap * (1 - 2 / (tl.exp(2 * scores) + 1))
         visible = (slot[None, :] >= oldest[:, None]) & (slot[None, :] <= newest[:, None])
@@ -98,14 +114,14 @@ def _attend_split(
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def _combine(
     sums, statistics, positions, sinks, out, num_steps, num_slots, window,
-    SINKS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_DIMS: tl.constexpr,
+    CHUNKED: tl.constexpr, SINKS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_DIMS: tl.constexpr,
     SPLIT: tl.constexpr, COMBINED: tl.constexpr,
 ):  # fmt: skip
     """Joins the splits that hold a slot the query sees; a sink is one more logit, whose value is zero."""
     token, head, num_heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     row, step = token // num_steps, token % num_steps
     position = tl.load(positions + token).to(tl.int32)
-    first = tl.maximum(position - window + 1, 0) // SPLIT
+    first = oldest_slot(position, window, CHUNKED) // SPLIT
     last = tl.minimum(position, num_slots - 1) // SPLIT
     if SINKS:
         maximum = tl.load(sinks + head).to(tl.float32) * LOG2E
@@ -181,10 +197,10 @@ def write(
 
 def tiling(num_queries: int, dim: int, value_dim: int, itemsize: int) -> tuple[int, int, int, int]:
     """Queries and slots at a time, and both dimensions padded, so that registers and shared memory hold the sums and
-    two blocks of keys and values. fp32 has no exact tensor cores to fill with queries.
+    two blocks of keys and values: fewer queries of wide heads. fp32 has no exact tensor cores to fill with queries.
     """
     dims, value_dims = (max(16, triton.next_power_of_2(x)) for x in (dim, value_dim))
-    tile = min(64 if itemsize == 2 else 16, max(16, triton.next_power_of_2(num_queries)))
+    tile = min(64 if itemsize == 2 else 16, max(16, 16384 // value_dims), max(16, triton.next_power_of_2(num_queries)))
     block = min(64, 16384 // (itemsize * max(dims, value_dims)))
     return tile, block, dims, value_dims
 
@@ -199,7 +215,7 @@ def num_warps(tile: int, value_dims: int) -> int:
 
 
 def attend(
-    query: Tensor,  # (B, H, T, D), dtype of `keys`
+    query: Tensor,  # (B, H, T, D) or (B, H, T, D + Dv), dtype of `keys`
     keys: Tensor,  # (pages, page_size, K, D) bf16, fp16 or fp32, contiguous
     values: Tensor,  # (pages, page_size, K, Dv), dtype of `keys`, contiguous
     addresses: Tensor,  # (2,) int64: where the two lie
@@ -208,20 +224,23 @@ def attend(
     num_slots: int,  # no query sees a slot from here on
     scale: float,
     window: int | None = None,
+    chunked: bool = False,
     softcap: float | None = None,
     sinks: Tensor | None = None,  # (H,)
 ) -> Tensor:  # (B, T, H, Dv), dtype of `keys`
-    """Attention in fp32: a query at position p sees slots max(0, p - window + 1)..p of its row.
+    """Attention in fp32: a query at position p sees slots max(0, p - window + 1)..p of its row, or
+    p // window * window..p if `chunked`. With latents a key is D and its value together, and a query has D + Dv.
 
     A query's result depends neither on the other rows nor on `num_slots`.
     """
-    num_rows, num_heads, num_steps, dim = query.shape
-    page_size, num_kv_heads, value_dim = *keys.shape[1:3], values.shape[3]
+    num_rows, num_heads, num_steps, query_dim = query.shape
+    (page_size, num_kv_heads, dim), value_dim = keys.shape[1:], values.shape[3]
     groups = num_heads // num_kv_heads
     query = query if query.stride(3) == 1 else query.contiguous()
     positions = positions.contiguous()
     assert num_heads % num_kv_heads == 0 and 0 < num_slots <= table.shape[1] * page_size and table.stride(1) == 1
     assert keys.is_contiguous() and values.is_contiguous() and query.dtype is keys.dtype is values.dtype
+    assert query_dim in (dim, dim + value_dim)
     tile, block, dims, value_dims = tiling(groups * num_steps, dim, value_dim, keys.itemsize)
     split = split_of(tile)
     num_splits = triton.cdiv(num_slots, split)
@@ -236,12 +255,12 @@ def attend(
         _attend_split, grid,
         query, addresses, table, positions, sums, statistics, *query.stride()[:3], table.stride(0),
         num_steps, groups, num_slots, window, scale, cap,
-        num_kv_heads, dim, value_dim, page_size, softcap is not None, tile, block, dims, value_dims,
-        split, num_warps=num_warps(tile, value_dims),
+        num_kv_heads, dim, value_dim, page_size, chunked, query_dim > dim, softcap is not None,
+        tile, block, dims, value_dims, split, num_warps=num_warps(tile, value_dims),
     )  # fmt: skip
     launch(
         _combine, (num_rows * num_steps, num_heads),
         sums, statistics, positions, sums if sinks is None else sinks, out, num_steps, num_slots, window,
-        sinks is not None, value_dim, value_dims, split, COMBINED,
+        chunked, sinks is not None, value_dim, value_dims, split, COMBINED,
     )  # fmt: skip
     return out
