@@ -122,7 +122,7 @@ FAULTS = {
         ("first + best // width % group_size", "first + group_size - 1 - best // width % group_size"),
     ),
     "copies from another prompt": (("group >= end[:, None]", "group >= texts.shape[0]"),),
-    "counts what lies before a row's text": ((".minimum(length[:, None, None])", ""),),
+    "counts what lies before a row's text": ((".masked_fill(back >= length[:, None], -1)", ""),),
     "repeats the text's last token": (("step % period[:, None]", "step.minimum(period[:, None] - 1)"),),
 }
 

@@ -22,6 +22,7 @@ from trl_selfspec.drafter.linear_backends import fast_qtypes, resolve_qtype
 from trl_selfspec.drafter.protocol import Drafter
 from trl_selfspec.drafter.quantized_drafter import QuantizedDrafter
 from trl_selfspec.drafter.suffix_drafter import SuffixDrafter
+from trl_selfspec.drafter.two_level_drafter import FEWEST_PARAMETERS, TwoLevelDrafter
 from trl_selfspec.engine.batch_state import BatchState
 from trl_selfspec.engine.cuda_graphs import Capture, CudaCapture, GraphPool
 from trl_selfspec.engine.kv_budget import KVMemory, kv_bytes_per_token, warn_if_scarce
@@ -148,8 +149,16 @@ class SelfSpecEngine:
         if options.drafter != "suffix":
             drafters += (QuantizedDrafter(self._replica, qtype) for qtype in quantized)
         if options.drafter != "quantized":
-            drafters.append(SuffixDrafter(self._history, self.device))
+            drafters.append(suffix := SuffixDrafter(self._history, self.device))
+            if drafters and isinstance(drafters[0], QuantizedDrafter) and self._is_large:
+                drafters.append(TwoLevelDrafter(drafters[0], suffix))
         return drafters if options.longest_draft else []
+
+    @property
+    def _is_large(self) -> bool:
+        """Whether drafts of two levels may beat those of one."""
+        num_parameters = sum(parameter.numel() for parameter in self._replica.model.parameters())
+        return self.device.type == "cuda" and num_parameters >= FEWEST_PARAMETERS
 
     @property
     def history(self) -> CompletionHistory | None:
