@@ -52,16 +52,16 @@ class StateCache(Cache):
         return sum(states.nbytes for held in (self._states, self._at_prompt) for states in held.values())
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """The current rows' last inputs `(B, C, K)`; `None`: they begin with this forward."""
-        return self._read((layer_idx, "conv", state_idx))
+        """In a plain round the rows' last inputs `(B, C, K)`, to be updated in place; else see `update_conv_state`."""
+        in_place = self.rows is None and self.positions.shape[1] == 1
+        return self._read((layer_idx, "conv", state_idx)) if in_place else None
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """The current rows' states `(B, ...)`; `None`: they begin with this forward."""
         return self._read((layer_idx, "recurrent", state_idx))
 
     def is_recording_past(self, layer_idx: int, state_idx: int = 0) -> bool:
-        """Whether layers must not change a state that they read: only plain rounds read it where it is kept."""
-        return self.rows is not None or self.fresh or self.positions.shape[1] > 1
+        return False
 
     def update_conv_state(
         self,
@@ -125,7 +125,8 @@ class StateCache(Cache):
             self._prompt_keys[row] = length
         if not self._states or not sources:
             return
-        flags = [[row, source, n > length, n > 0] for length, (row, (source, n)) in zip(lengths, sources.items())]
+        moves = zip(sources.items(), lengths, strict=True)
+        flags = [[row, source, n > length, n > 0] for (row, (source, n)), length in moves]
         targets, rows, is_present, is_any = to_device(flags, self._device).unbind(1)
         for key, states in self._states.items():
             prompts = self._prompt_states(key)

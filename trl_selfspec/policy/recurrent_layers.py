@@ -1,8 +1,8 @@
 """Recurrent layers on the engine's cache: transformers' own code, but for how a verification runs the recurrence.
 
-A verification reads several tokens of each row, of which some may be rejected. The projections, the convolution and the
-norms take all of them at once. The recurrence goes token by token by the function that transformers decodes with, and
-again on commit over the accepted tokens alone, from the inputs that it was given.
+A verification reads several tokens of each row, of which some may be rejected. The projections, the convolution and
+the norms take all of them at once. The recurrence goes token by token by the function that transformers decodes with,
+and again on commit over the accepted tokens alone, from the inputs that it was given.
 
 Layers without a recurrence (short convolutions) need nothing of this: the cache cuts out the window that was accepted.
 """
@@ -19,6 +19,7 @@ from trl_selfspec.kv_cache.paged_cache import PagedCache
 
 
 Function = Callable[..., Any]
+Replacements = tuple[Function, Function]  # what a layer calls in place of the two functions of its recurrence
 
 
 def recurrent_layers(tree: nn.Module) -> Iterator[nn.Module]:
@@ -46,7 +47,8 @@ def adapt_recurrent_layers(tree: nn.Module) -> None:
             continue
         forward = inspect.unwrap(type(layer).forward)
         names = forward.__globals__
-        own = recurrence.adapt(layer, names[recurrence.sequence], names[recurrence.step])
+        functions = recurrence.adapt(layer, names[recurrence.sequence], names[recurrence.step])
+        own = dict(zip((recurrence.sequence, recurrence.step), functions, strict=True))
         function = FunctionType(
             forward.__code__, {**names, **own}, forward.__name__, forward.__defaults__, forward.__closure__
         )
@@ -58,25 +60,34 @@ def _names(module: nn.Module) -> Set[str]:
     return set(inspect.unwrap(type(module).forward).__code__.co_names)
 
 
-def _gated_delta_rule(layer: nn.Module, sequence: Function, step: Function) -> dict[str, Function]:
-    def run(query: Tensor, key: Tensor, value: Tensor, *, g: Tensor, beta: Tensor, **kwargs: Any) -> Any:
+def _delta_rule(layer: nn.Module, sequence: Function, step: Function) -> Replacements:
+    def run(
+        query: Tensor,  # (B, T, H, D)
+        key: Tensor,
+        value: Tensor,
+        *,
+        g: Tensor,  # (B, T, H), or (B, T, H, D): the logarithm of a decay
+        beta: Tensor,  # (B, T, H)
+        **kwargs: Any,
+    ) -> Any:
         cache: PagedCache = layer.paged_cache  # type: ignore[assignment]
         if not cache.verifies:
             return sequence(query, key, value, g=g, beta=beta, **kwargs)
         initial_state = kwargs.pop("initial_state")
 
         def advance(state: Tensor, num_tokens: Tensor) -> Tensor:
-            rejected = torch.arange(g.shape[1], device=g.device)[:, None] >= num_tokens[:, None, None]  # (B, T, 1)
-            decay, update = g.masked_fill(rejected, 0), beta.masked_fill(rejected, 0)  # by 1, and by nothing
+            rejected = torch.arange(g.shape[1], device=g.device) >= num_tokens[:, None]  # (B, T)
+            decay = g.masked_fill(rejected.view(*rejected.shape, *[1] * (g.dim() - 2)), 0)  # by 1
+            update = beta.masked_fill(rejected[..., None], 0)  # by nothing
             return step(query, key, value, g=decay, beta=update, initial_state=state, **kwargs)[1]
 
         cache.defer(layer.layer_idx, advance)  # type: ignore[arg-type]
         return step(query, key, value, g=g, beta=beta, initial_state=initial_state, **kwargs)
 
-    return {"torch_chunk_gated_delta_rule": run}
+    return run, step
 
 
-def _mamba2(layer: nn.Module, sequence: Function, step: Function) -> dict[str, Function]:
+def _mamba2(layer: nn.Module, sequence: Function, step: Function) -> Replacements:
     def run(
         x: Tensor,  # (B, T, H, P)
         dt: Tensor,  # (B, T, H)
@@ -119,7 +130,7 @@ def _mamba2(layer: nn.Module, sequence: Function, step: Function) -> dict[str, F
             cache.update_recurrent_state(state, layer.layer_idx)  # type: ignore[arg-type]
         return output
 
-    return {"mamba2_chunk_scan": run, "mamba2_selective_state_update": run_step}
+    return run, run_step
 
 
 class Recurrence(NamedTuple):
@@ -127,11 +138,12 @@ class Recurrence(NamedTuple):
 
     sequence: str  # over a sequence, in chunks
     step: str  # token by token
-    adapt: Callable[[nn.Module, Function, Function], dict[str, Function]]  # what takes their place in a layer's forward
+    adapt: Callable[[nn.Module, Function, Function], Replacements]
 
 
 RECURRENCES = (
-    Recurrence("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule", _gated_delta_rule),
+    Recurrence("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule", _delta_rule),
+    Recurrence("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention", _delta_rule),
     Recurrence("mamba2_chunk_scan", "mamba2_selective_state_update", _mamba2),
 )
 

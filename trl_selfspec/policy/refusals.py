@@ -59,11 +59,13 @@ def _refuse_other_state(base: PreTrainedModel) -> None:
         layers = []
     names = [type(layer).__name__ for layer in layers]
     types = getattr(config, "layer_types", None) or [f"number {index}" for index in range(len(names))]
-    known, unsupported = KEYS_AND_VALUES, unsupported_layers(base)
-    if is_recurrent(base) and not unsupported and set(names) != {"LinearAttentionLayer"}:
-        known = KEYS_AND_VALUES | WITH_STATE
-    other = dict.fromkeys(f"`{kind}` (`{name}`)" for kind, name in zip(types, names, strict=False) if name not in known)
-    if other or (known is KEYS_AND_VALUES and getattr(base, "_is_stateful", False)):
+    unsupported = unsupported_layers(base)
+    runs_states = is_recurrent(base) and not unsupported and set(names) != {"LinearAttentionLayer"}
+    known = KEYS_AND_VALUES | WITH_STATE if runs_states else KEYS_AND_VALUES
+    other = dict.fromkeys(
+        f"`{kind}` (`{name}`)" for kind, name in zip(types, names, strict=False) if name not in known
+    )
+    if other or (getattr(base, "_is_stateful", False) and not runs_states):
         where = f"in layers of type {', '.join(other)}, " if other else ""
         where += f"computed by {', '.join(unsupported)}, " if unsupported else ""
         raise UnsupportedModelError(
