@@ -211,6 +211,7 @@ class ModelRunner:
         draft_nan = (state.draft_nan[:num_rows] & (lengths < limits)).sum()
         target_nan = (logprobs.isnan() & (offsets < emitted[:, None])).any()
         lengths += emitted
+        self.cache.commit(emitted)
         finished = stopped | (lengths >= limits)
         for drafter in self.observers:
             drafter.observe(state.batch(num_rows), positions, tokens, emitted)
