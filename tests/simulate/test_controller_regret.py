@@ -110,6 +110,6 @@ def test_the_same_on_all_machines(seed: int, rollouts: int) -> None:
 @pytest.mark.parametrize("gamma", [0, 2, 8])
 def test_a_fixed_draft_length_would_be_seen(gamma: int) -> None:
     """Negative control: no fixed choice is near the oracle on all of these machines."""
-    choice = Choice(gamma, "quantized") if gamma else PLAIN
+    choice = Choice(gamma, "qint4") if gamma else PLAIN
     with pytest.raises(AssertionError):
         check({case: regret(case, choice) for case in FEW})

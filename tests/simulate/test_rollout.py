@@ -41,14 +41,14 @@ def drawn_seconds(costs: Costs, work: Work, choice: Choice, seed: int) -> float:
 def test_the_fluid_is_within_1_percent_of_drawn_rollouts(gamma: int) -> None:
     """Prevents a gain that leaves out what chance and last rounds cost."""
     costs = replace(COSTS, drafts=(replace(COSTS.drafts[0], prepare_s=0.0),))
-    choice = Choice(gamma, "quantized")
+    choice = Choice(gamma, "qint4")
     drawn = mean(drawn_seconds(costs, LONGTAIL, choice, seed) for seed in range(4))
     assert rollout(costs, LONGTAIL, choice).seconds == pytest.approx(drawn, rel=0.01)
 
 
 def test_a_fluid_that_counts_every_draft_as_accepted_is_noticed() -> None:
     """Negative control."""
-    choice = Choice(5, "quantized")
+    choice = Choice(5, "qint4")
     drawn = drawn_seconds(COSTS, LONGTAIL, choice, 0)
     wrong = replace(COSTS, drafts=(replace(COSTS.drafts[0], alpha=1.0),))
     assert rollout(wrong, LONGTAIL, choice).seconds < 0.95 * drawn
@@ -77,7 +77,7 @@ def test_gains_move_the_way_they_must(rows: int, alpha: float, context: int, gam
     """Better drafts gain more, dearer ones less, and a draft as dear as a plain round nothing."""
     draft = COSTS.drafts[0]
     assert draft.network is not None
-    choice = Choice(gamma, "quantized")
+    choice = Choice(gamma, "qint4")
 
     def gain(draft: Draft, choice: Choice = choice) -> float:
         return replace(COSTS, drafts=(draft,)).gain(rows, choice, context)
@@ -103,7 +103,7 @@ def test_every_kind_of_drafter_has_a_price() -> None:
         head.seconds(8, 1, 1000) < small.seconds(8, 1, 1000) < own.seconds(8, 1, 1000) < network.forward_s(8, 1, 1000)
     )
     both = Costs(network, (copied, own))
-    assert both.best(1, 1000).drafter == "quantized"
+    assert both.best(1, 1000).drafter == "qint4"
     assert Costs(network, (suffix(0.6), own)).best(1, 1000).drafter == "suffix"
 
 

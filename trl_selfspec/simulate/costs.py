@@ -78,6 +78,13 @@ class Network:
         return self.shape.parameters * self.products.bits / 8 / self.tp
 
     @property
+    def draft_bytes(self) -> float:
+        """The same for a drafter, which shares the input embedding."""
+        shape = self.shape
+        weights = shape.layers * (shape.layer_dense + shape.experts * shape.expert) + shape.head
+        return weights * self.products.bits / 8 / self.tp
+
+    @property
     def kv_token_bytes(self) -> float:
         return self.shape.kv_per_token * self.kv_bits / 8 / self.tp
 

@@ -5,14 +5,13 @@ middle one are the interval of a prediction for a device that was not measured.
 """
 
 from dataclasses import replace
-from typing import Literal
 
 from trl_selfspec.simulate.costs import Costs, Draft, Network, Overheads
 from trl_selfspec.simulate.hardware import Device
 from trl_selfspec.simulate.shapes import Shape
 
 
-Level = Literal["low", "middle", "high"]  # of the gain
+LEVELS = ("low", "middle", "high")  # of the gain
 # Our captured and compiled rounds. 40 us a layer is the one number set to a measurement: a plain round of 7B at one
 # row on an H200, 5.18 ms. Sampling over 152k words there takes 0.11 ms and 2.6 us a token.
 GPU = Overheads(layer_us=40, step_us=110, token_us=2.6)
@@ -30,7 +29,7 @@ def target(shape: Shape, device: Device, dtype: str = "bf16", tp: int = 1) -> Ne
     return Network(shape, device.products[dtype], device.bytes_per_s, overheads, tp=tp, link=device.link)
 
 
-def quantized(network: Network, device: Device, alpha: float, level: Level = "middle") -> Draft:
+def quantized(network: Network, device: Device, alpha: float, level: str = "middle") -> Draft:
     """The policy itself with int4 weights, the output head too."""
     products, overheads = device.products["int4"], CPU_DRAFT
     if not device.is_cpu:
@@ -43,7 +42,7 @@ def quantized(network: Network, device: Device, alpha: float, level: Level = "mi
         overheads = replace(over, layer_us=over.layer_us * DRAFT_LAYER_SHARE[level])
     pace = QUANTIZE_BYTES_PER_S * device.bytes_per_s / 4.8e12
     prepare_s = network.num_bytes / pace if not device.is_cpu else network.num_bytes / (device.bytes_per_s / 50)
-    return Draft("quantized", alpha, replace(network, products=products, overheads=overheads), prepare_s=prepare_s)
+    return Draft("qint4", alpha, replace(network, products=products, overheads=overheads), prepare_s=prepare_s)
 
 
 def eagle(network: Network, alpha: float) -> Draft:
@@ -65,7 +64,7 @@ def suffix(alpha: float, round_s: float = 20e-6) -> Draft:
 
 
 def self_drafting(
-    shape: Shape, device: Device, alpha: float, dtype: str = "bf16", tp: int = 1, level: Level = "middle"
+    shape: Shape, device: Device, alpha: float, dtype: str = "bf16", tp: int = 1, level: str = "middle"
 ) -> Costs:
     """Our engine with its quantized drafter."""
     network = target(shape, device, dtype, tp)

@@ -1,6 +1,7 @@
 """The devices of hardware.json: data sheets, fits of timed products, and where each number is from."""
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,11 +30,6 @@ class Device:
     @property
     def is_cpu(self) -> bool:
         return self.name.startswith("cpu")
-
-    @property
-    def is_guess(self) -> bool:
-        """Whether nobody timed its products, as far as we know."""
-        return self.sources["products"].startswith("guess")
 
 
 def _device(name: str, entry: dict[str, Any]) -> Device:
@@ -72,7 +68,12 @@ def find_device(name: str) -> Device:
     wanted = name.lower()
     if wanted in devices():
         return devices()[wanted]
-    found = [(len(match), device) for device in devices().values() for match in device.matches if match in wanted]
+    found = [
+        (len(match), device)
+        for device in devices().values()
+        for match in device.matches
+        if re.search(rf"\b{match}\b", wanted)
+    ]
     if not found:
         raise ValueError(
             f"The device {name!r} is not in the table: use one of {', '.join(devices())}, or measure yours with "
