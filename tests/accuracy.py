@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 
 from trl_selfspec.control.constants import TOGGLE_MARGIN
-from trl_selfspec.control.controller import PLAIN, Choice
+from trl_selfspec.control.rates import PLAIN, Choice
 from trl_selfspec.simulate.costs import Costs, Draft, Network, Overheads, Products
 from trl_selfspec.simulate.engines import eagle, self_drafting, target
 from trl_selfspec.simulate.fitting import fit

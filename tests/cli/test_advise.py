@@ -13,7 +13,8 @@ from accuracy import SHAPES
 
 from trl_selfspec.cli import here
 from trl_selfspec.cli.main import main
-from trl_selfspec.control.controller import PLAIN, Choice, Controller
+from trl_selfspec.control.controller import Controller
+from trl_selfspec.control.rates import PLAIN, Choice
 from trl_selfspec.simulate.costs import Costs
 from trl_selfspec.simulate.engines import self_drafting
 from trl_selfspec.simulate.hardware import find_device

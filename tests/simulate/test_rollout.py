@@ -10,7 +10,7 @@ from accuracy import SHAPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_selfspec.control.controller import PLAIN, Choice
+from trl_selfspec.control.rates import PLAIN, Choice
 from trl_selfspec.simulate.costs import Costs, Draft
 from trl_selfspec.simulate.engines import eagle, quantized, self_drafting, small_model, suffix, target
 from trl_selfspec.simulate.hardware import find_device

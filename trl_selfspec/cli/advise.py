@@ -9,7 +9,7 @@ from typing import Any
 
 from trl_selfspec.cli.advice_text import as_text, plot
 from trl_selfspec.control.constants import TOGGLE_MARGIN
-from trl_selfspec.control.controller import PLAIN
+from trl_selfspec.control.rates import PLAIN
 from trl_selfspec.simulate.costs import Costs
 from trl_selfspec.simulate.engines import LEVELS, self_drafting
 from trl_selfspec.simulate.hardware import Device, devices, find_device

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from trl_selfspec.control.controller import PLAIN, Choice, Controller
+from trl_selfspec.control.controller import Controller
 from trl_selfspec.control.drafters import DrafterTraits
+from trl_selfspec.control.rates import PLAIN, Choice
 from trl_selfspec.engine.engine import SelfSpecEngine
 from trl_selfspec.options import DRAFT_QTYPES, SelfSpecOptions
 from trl_selfspec.simulate.measured import Measurements

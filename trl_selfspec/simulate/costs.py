@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 
-from trl_selfspec.control.controller import PLAIN, Choice
 from trl_selfspec.control.drafters import DrafterTraits
+from trl_selfspec.control.rates import PLAIN, Choice
 from trl_selfspec.simulate.shapes import Shape
 
 

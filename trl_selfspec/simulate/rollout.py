@@ -12,7 +12,8 @@ from math import exp, log
 from pathlib import Path
 from statistics import NormalDist
 
-from trl_selfspec.control.controller import PLAIN, Choice, Controller
+from trl_selfspec.control.controller import Controller
+from trl_selfspec.control.rates import PLAIN, Choice
 from trl_selfspec.simulate.costs import Costs
 
 
