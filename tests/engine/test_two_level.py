@@ -1,32 +1,29 @@
-"""Two-level drafts: coupled and greedy tokens are those of plain decoding, rejection keeps the policy's distribution."""
+"""Two-level drafts: coupled and greedy tokens are those of plain rounds, rejection keeps the distribution."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from laws import chi_square
 from pairwise import pairwise
 from recorded_graph import record
 from test_coupled import assert_same
 from test_rejection_engine import (
     COMBINED,
-    PROMPT,
     ROWS,
     THRESHOLD,
     TOGETHER,
-    TOKENS,
     VOCAB,
     exact_law,
     sampled,
     sampling_config,
 )
-from laws import chi_square
-from test_suffix_drafts import EOS, GREEDY, GROUPS, PROCESSED, SAMPLED, config, plain_engine, sample
+from test_suffix_drafts import GREEDY, GROUPS, PROCESSED, SAMPLED, plain_engine, sample
 from tiny_models import Schedule, force_page_size, quantized_drafter, spoil, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trl_selfspec.drafter import two_level_drafter
 from trl_selfspec.drafter.protocol import Batch, DraftError, DraftRunner
 from trl_selfspec.drafter.suffix_drafter import SuffixDrafter
 from trl_selfspec.drafter.two_level_drafter import TwoLevelDrafter
@@ -188,8 +185,7 @@ class KeepsTheGuesses(TwoLevelDrafter):
         return drafts
 
 
-def stale_distributions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the last window only, kept one place too early."""
+def distributions_of_the_next_position(monkeypatch: pytest.MonkeyPatch) -> None:
     several = RejectionSampler.propose_several
 
     def shifted(self: RejectionSampler, scores: Tensor, row_ids: Tensor, positions: Tensor, starts: Tensor) -> Draw:
@@ -201,8 +197,7 @@ def stale_distributions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RejectionSampler, "propose_several", shifted)
 
 
-def noise_of_the_accept_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drafts and recovered tokens by one noise."""
+def noise_shared_by_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = samplers._sample_positions
 
     def shared(scores: Tensor, seed: Any, row_ids: Tensor, positions: Tensor, purpose: Purpose) -> Draw:
@@ -216,7 +211,7 @@ def test_drafts_that_were_not_drawn_are_noticed(small_model: PreTrainedModel) ->
     assert joint_p_value(law_engine(small_model, 2, make=KeepsTheGuesses), small_model) < THRESHOLD
 
 
-@pytest.mark.parametrize("sabotage", [stale_distributions, noise_of_the_accept_test])
+@pytest.mark.parametrize("sabotage", [distributions_of_the_next_position, noise_shared_by_positions])
 def test_a_broken_sampler_is_noticed(
     monkeypatch: pytest.MonkeyPatch, small_model: PreTrainedModel, sabotage: Callable[[pytest.MonkeyPatch], None]
 ) -> None:

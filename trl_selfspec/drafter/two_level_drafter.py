@@ -24,18 +24,18 @@ FEWEST_PARAMETERS = 10e9
 class TwoLevelDrafter(Drafter):
     """Drafts by a `QuantizedDrafter`'s model along a `SuffixDrafter`'s guesses. It has nothing of its own.
 
-    A step guesses what comes behind a row's drafts so far, runs the model once over these guesses, and draws a token at
-    each of their positions. The draws up to the first that differs from its guess, that one included, are what the
+    A step guesses what comes behind a row's drafts so far, runs the model once over these guesses, and draws a token
+    at each of their positions. The draws up to the first that differs from its guess, that one included, are what the
     model would have drafted token by token; the next step begins behind them. What follows them was given a false
-    prefix, is mostly drawn again by the next step, and is a draft of little hope where none comes.
+    prefix: the next step draws it again, and after the last one it is a draft of little hope.
 
     With γ // 2 + 1 positions in each of ⌈γ / 2⌉ steps, each row gets γ drafts, whatever its guesses are worth.
 
     Exact by `rejection.verify_rejection`: guesses of a step are made of tokens before it, so the distribution at a
-    position is known without the numbers of that position, and is the one kept for verification; whether the draw there
+    position is known without the numbers of that position, and is the one kept for verification. Whether a draw
     stands or a later step draws again is decided by the drafts before it. Guesses also depend on other rows' tokens,
-    which have other numbers, and on the history, whose rollouts had other seeds. A rollout that repeats the seed of one
-    in its history has the policy's distribution only with coupled verification, where no draft matters.
+    which have other numbers, and on the history, whose rollouts had other seeds. A rollout that repeats the seed of
+    one in its history is sure of the policy's distribution only with coupled verification, where no draft matters.
 
     Args:
         quantized: prepared and bound by this one too, in whichever rollouts it drafts.
