@@ -166,7 +166,7 @@ def test_a_match_counts_up_to_its_bound(matcher: Matcher) -> None:
 
 @pytest.mark.parametrize("matcher", [pytest.param(longest_suffix_match, marks=needs_kernels), eager_suffix_match])
 def test_a_row_may_have_said_more_than_its_text(matcher: Matcher) -> None:
-    """Given its last tokens, a row drafts as if another text of its prompt ended with them. Prevents the wrong order."""
+    """Given its last tokens, a row drafts as if its text ended with them. Prevents the wrong order."""
     texts = torch.tensor([[1, 2, 3, 4, 5, 6], [3, 4, 9, 9, 9, 9], [0, 0, 0, 0, 0, 0]], dtype=torch.int32)
     lengths, starts, first, end = torch.tensor([6, 2, 1]), torch.zeros(3).long(), torch.tensor([0]), torch.tensor([3])
     arguments = texts, lengths, starts, torch.tensor([2]), first, end, 2, 3, 6
