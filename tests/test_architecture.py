@@ -14,7 +14,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "trl_selfspec"
 # From the ground up. A folder may import from itself and from what stands before it.
-FOLDERS = ["utils", "options", "kernels", "control", "sampling", "kv_cache", "policy", "drafter", "engine", "trainer"]
+FOLDERS = ["utils", "options", "kernels", "control", "simulate", "sampling", "kv_cache", "policy", "drafter", "engine"]
+FOLDERS += ["cli", "trainer"]
 # A third party's package, and the lowest of our folders that may import it; any other may be imported anywhere.
 LOWEST = {
     "triton": "kernels",
@@ -24,7 +25,7 @@ LOWEST = {
     "peft": "policy",
 }
 LOWEST |= dict.fromkeys(("accelerate", "datasets", "trl"), "trainer")
-NO_TORCH = {"options", "control"}
+NO_TORCH = {"options", "control", "simulate"}
 KERNELS_ONLY = {"triton", "humming"}  # and never eagerly: importing them costs seconds, or fails
 TRITON_FILES = "kernels.triton."  # import triton when they are imported, which is therefore done late
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]

@@ -53,6 +53,9 @@ class ReplaySampler:
     def propose(self, scores: Tensor, row_ids: Tensor, positions: Tensor, step: Tensor) -> Draw:
         return self.inner.propose(scores, row_ids, positions, step)
 
+    def propose_several(self, scores: Tensor, row_ids: Tensor, positions: Tensor, starts: Tensor) -> Draw:
+        return self.inner.propose_several(scores, row_ids, positions, starts)
+
     def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> VerifyResult:
         _, *drawn = self.inner.verify(drafts, scores, row_ids, positions)
         tokens, logprobs = self._replace(Draw(*drawn), scores, row_ids[:, None], positions)
@@ -84,6 +87,10 @@ class ReplayRejectionSampler(ReplaySampler):
 
     def propose(self, scores: Tensor, row_ids: Tensor, positions: Tensor, step: Tensor) -> Draw:
         return self._replace(self.inner.propose(scores, row_ids, positions, step), scores, row_ids, positions)
+
+    def propose_several(self, scores: Tensor, row_ids: Tensor, positions: Tensor, starts: Tensor) -> Draw:
+        draws = self.inner.propose_several(scores, row_ids, positions, starts)
+        return self._replace(draws, scores, row_ids[:, None], positions)
 
     def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> VerifyResult:
         _, *drawn = self.inner.verify(drafts, scores, row_ids, positions)

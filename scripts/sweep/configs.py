@@ -187,6 +187,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
+    "nemotron_h": {"layers_block_type": ["linear_attention", "mlp", "full_attention", "moe", "linear_attention"]},
     "reformer": {"axial_pos_embds": False, "attention_head_size": 16, "num_buckets": 4},
     "roc_bert": {
         "shape_vocab_size": 16,

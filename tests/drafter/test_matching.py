@@ -122,7 +122,7 @@ FAULTS = {
         ("first + best // width % group_size", "first + group_size - 1 - best // width % group_size"),
     ),
     "copies from another prompt": (("group >= end[:, None]", "group >= texts.shape[0]"),),
-    "counts what lies before a row's text": ((".minimum(length[:, None, None])", ""),),
+    "counts what lies before a row's text": (("recent.masked_fill(back >= length[:, None], -1)", "recent"),),
     "repeats the text's last token": (("step % period[:, None]", "step.minimum(period[:, None] - 1)"),),
 }
 
@@ -162,6 +162,31 @@ def test_a_match_counts_up_to_its_bound(matcher: Matcher) -> None:
     assert matcher(*arguments).item() == 100 + MAX_MATCH
     broken = mutant(matching, (f"MAX_MATCH = {MAX_MATCH}", f"MAX_MATCH = {MAX_MATCH + 1}")).eager_suffix_match
     assert broken(*arguments).item() == 100 + MAX_MATCH + 1, "negative control"
+
+
+@pytest.mark.parametrize("matcher", [pytest.param(longest_suffix_match, marks=needs_kernels), eager_suffix_match])
+def test_a_row_may_have_said_more_than_its_text(matcher: Matcher) -> None:
+    """Given its last tokens, a row drafts as if its text ended with them. Prevents the wrong order."""
+    texts = torch.tensor([[1, 2, 3, 4, 5, 6], [3, 4, 9, 9, 9, 9], [0, 0, 0, 0, 0, 0]], dtype=torch.int32)
+    lengths, starts, first, end = torch.tensor([6, 2, 1]), torch.zeros(3).long(), torch.tensor([0]), torch.tensor([3])
+    arguments = texts, lengths, starts, torch.tensor([2]), first, end, 2, 3, 6
+
+    def recent(*last_first: int) -> Tensor:
+        return torch.tensor([[*last_first, *[-1] * (MAX_MATCH - len(last_first))]], dtype=torch.int32)
+
+    assert matcher(*arguments, recent(3, 2)).tolist() == [[4, 5]]
+    assert matcher(*arguments, recent(4)).tolist() == [[5, 6]]
+    assert matcher(*arguments, recent(8, 4)).tolist() == matcher(*arguments).tolist() == [[0, 0]], "no match"
+
+
+@needs_kernels
+def test_the_kernel_takes_last_tokens_as_the_reference_does() -> None:
+    for seed in range(300):
+        case, generator = random_case(seed), torch.Generator().manual_seed(seed)
+        recent = torch.randint(0, 3, (len(case.slots), MAX_MATCH), generator=generator, dtype=torch.int32)
+        counts = torch.randint(1, MAX_MATCH + 1, (len(case.slots), 1), generator=generator)
+        recent = recent.masked_fill(torch.arange(MAX_MATCH) >= counts, -1)
+        assert longest_suffix_match(*case, recent).equal(eager_suffix_match(*case, recent))
 
 
 def on(device: str, case: Case) -> Case:

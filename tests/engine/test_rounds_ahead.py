@@ -142,7 +142,7 @@ def test_a_rollout_that_was_interrupted_leaves_nothing_behind(model: PreTrainedM
         patch.setattr(ModelRunner, "_verify", interrupt)
         with pytest.raises(KeyboardInterrupt):
             interrupted.generate(PROMPTS, config, seed=0)
-    assert interrupted._state is not None and interrupted._state.num_drafted == 3
+    assert interrupted._state is not None and interrupted._state.num_drafted[0] == 3
     assert same([interrupted.generate(PROMPTS, config, seed=0)], [expected])
 
 

@@ -43,14 +43,15 @@ def assert_trl_generated(log: list[dict[str, float]], reward: Recorder) -> None:
     assert [entry["selfspec/fallback"] for entry in log] == [1, 1]
 
 
-def test_a_hybrid_trains_with_trls_own_generation(tmp_path: Path, warnings: Any) -> None:
+def test_a_hybrid_of_another_recurrence_trains_with_trls_own_generation(tmp_path: Path, warnings: Any) -> None:
     """A recurrent layer's call of the cache ended the run, where TRL trains."""
-    model = tiny_model("lfm2", vocab_size=99, layer_types=["conv", "full_attention"], eos_token_id=2)
+    mixers = {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8, "num_experts": 2}
+    model = tiny_model("jamba", vocab_size=99, eos_token_id=2, head_dim=None, **mixers)
     reward = Recorder()
     assert_trl_generated(train(make_trainer(tmp_path, model=model, reward=reward)), reward)
     (warning,) = warnings()
     assert warning.startswith(FALLBACK_WARNING)
-    assert "conv" in warning
+    assert "JambaMambaMixer" in warning
 
 
 @pytest.mark.parametrize("error", [out_of_memory, vanished])

@@ -28,6 +28,7 @@ def longest_suffix_match(
     gamma: int,
     group_size: int,
     width: int,
+    recent: Tensor | None = None,  # (B, MAX_MATCH) int32, each row's last tokens; None: those of its text
 ) -> Tensor:  # (B, γ) int64
     """Drafts of γ tokens for every row. A draft that runs past its text goes on periodically.
 
@@ -37,12 +38,14 @@ def longest_suffix_match(
     Args:
         group_size: the largest `end - first`, or more.
         width: the longest text, or more; up to W.
+
+    `recent`, the last token first, is for rows that have said more than their texts hold. -1 stands for none.
     """
     if cpu.is_supported(texts):
-        return cpu.suffix_match(texts, lengths, starts, slots, first, end, gamma, MAX_MATCH)
+        return cpu.suffix_match(texts, lengths, starts, slots, first, end, gamma, MAX_MATCH, recent)
     # A size of 1 is compiled apart from all others, and torch gives a function up after eight programs.
-    drafts = eager_suffix_match(texts, lengths, starts, slots, first, end, max(gamma, 2), max(group_size, 2), width)
-    return drafts[:, :gamma]
+    sizes = max(gamma, 2), max(group_size, 2), width
+    return eager_suffix_match(texts, lengths, starts, slots, first, end, *sizes, recent)[:, :gamma]
 
 
 @compiled_on_gpu
@@ -56,6 +59,7 @@ def eager_suffix_match(
     gamma: int,
     group_size: int,
     width: int,
+    recent: Tensor | None = None,
 ) -> Tensor:
     """The same in torch, step by step over (B, G, W) tensors; compiled, these are no more than registers."""
     offset = torch.arange(group_size, device=texts.device)
@@ -63,6 +67,10 @@ def eager_suffix_match(
     absent = group >= end[:, None]
     group = group.clamp(max=texts.shape[0] - 1)
     is_own, length = group == slots[:, None], lengths[slots]
+    if recent is None:
+        back = torch.arange(MAX_MATCH, device=texts.device)
+        recent = texts[slots[:, None], (length[:, None] - 1 - back).clamp(min=0)]
+        recent = recent.masked_fill(back >= length[:, None], -1)
 
     # Before its beginning a text is padded. Matches that go on there are cut below.
     position = torch.arange(width, dtype=torch.int32, device=texts.device)
@@ -70,10 +78,9 @@ def eager_suffix_match(
     earlier = F.pad(text, (MAX_MATCH, 0))  # [j + MAX_MATCH] is token j
     match = torch.zeros((), dtype=torch.int8, device=texts.device)
     for n in reversed(range(MAX_MATCH)):
-        token = texts[slots, (length - 1 - n).clamp(min=0)]  # (B,), n before the last
-        equal = earlier[:, :, MAX_MATCH - 1 - n : MAX_MATCH - 1 - n + width] == token[:, None, None]
+        equal = earlier[:, :, MAX_MATCH - 1 - n : MAX_MATCH - 1 - n + width] == recent[:, n, None, None]
         match = (match + 1) * equal  # (B, G, W): how many tokens agree from the one n before the last on
-    most = position.minimum(length[:, None, None]).clamp(max=MAX_MATCH)  # (B, 1, W)
+    most = position.clamp(max=MAX_MATCH)  # (W,)
 
     # (match, position) and (match, own, slot, position) as digits of one number: the best candidate's is the largest.
     low = torch.where(is_own, 0, starts[group])[:, :, None]

@@ -1,4 +1,4 @@
-"""What the engine asks of a drafter. A third kind needs no change outside a file of its own and `make_drafters`."""
+"""What the engine asks of a drafter. Another kind needs no change outside a file of its own and `_make_drafters`."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class Batch(NamedTuple):
     tokens: Tensor  # (B, capacity) int64; a draft is written behind the row's length
     lengths: Tensor  # (B,) int64
     row_ids: Tensor  # (B,) int64, each row's index among the prompts of the rollout
-    num_drafted: Tensor  # () int64, steps of this draft that are done
+    num_drafted: Tensor  # (B,) int64, drafts behind each row's length; for a drafter of several steps to count
     draft_nan: Tensor  # (B,) bool, to be set where a draft was drawn from logits that are not finite
 
 
@@ -47,7 +47,8 @@ class Drafter(Protocol):
 
     Attributes:
         traits: its name, and what the controller assumes of it before there are measurements.
-        has_distribution: drafts are drawn from `runner.sampler.propose`, and verified by `verify` of that sampler.
+        has_distribution: drafts are drawn by `propose` or `propose_several` of `runner.sampler`, and verified by its
+            `verify`.
             Otherwise they are known tokens, which are verified by the target's own draws.
     """
 

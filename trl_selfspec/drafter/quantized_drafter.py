@@ -120,7 +120,7 @@ class QuantizedDrafter(Drafter):
         assert self.module is not None, "prepare comes first"
         at = batch.lengths + batch.num_drafted
         scores = runner.process(runner.forward(self.module, at[:, None] - 1, num_slots), at)[:, 0]
-        draft, logprobs = runner.sampler.propose(scores, batch.row_ids, at, batch.num_drafted)
+        draft, logprobs = runner.sampler.propose(scores, batch.row_ids, at, batch.num_drafted[0])
         batch.tokens.scatter_(1, at[:, None], draft[:, None])
         batch.draft_nan.logical_or_(logprobs.isnan())
         batch.num_drafted.add_(1)

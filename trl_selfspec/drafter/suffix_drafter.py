@@ -129,13 +129,17 @@ class SuffixDrafter(Drafter):
 
     def step(self, runner: DraftRunner, batch: Batch, num_slots: int, gamma: int) -> Tensor:
         """Matches and copies, for all rows at once."""
-        slots, first, end = self._slots[:, batch.row_ids]
-        width = min(max(num_slots, self._history_width), self._texts.shape[1])
-        sizes = gamma, self._group_size, width
-        drafts = longest_suffix_match(self._texts, self._lengths, self._starts, slots, first, end, *sizes)
+        drafts = self.match(batch, num_slots, gamma)
         positions = batch.lengths[:, None] + torch.arange(gamma, device=drafts.device)
         batch.tokens.scatter_(1, positions, drafts)
         return drafts
+
+    def match(self, batch: Batch, num_slots: int, gamma: int, recent: Tensor | None = None) -> Tensor:
+        """What followed each row's last tokens, γ tokens; they are those of its text, or `recent` (B, MAX_MATCH)."""
+        slots, first, end = self._slots[:, batch.row_ids]
+        width = min(max(num_slots, self._history_width), self._texts.shape[1])
+        sizes = gamma, self._group_size, width
+        return longest_suffix_match(self._texts, self._lengths, self._starts, slots, first, end, *sizes, recent)
 
     def observe(self, batch: Batch, positions: Tensor, tokens: Tensor, emitted: Tensor) -> None:
         """Adds a round's tokens to the rows' texts. Rows that got none write to the last slot, which nobody reads."""

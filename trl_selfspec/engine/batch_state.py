@@ -25,7 +25,7 @@ class BatchState:
         self.logprobs = zeros(max_rows, capacity, dtype=torch.float32)
         self.policy_logprobs = zeros(max_rows, capacity, dtype=torch.float32)
         self.lengths, self.prompt_lengths, self.limits, self.row_ids = (zeros(max_rows) for _ in range(4))
-        self.num_drafted = zeros()  # drafts behind every row's length
+        self.num_drafted = zeros(max_rows)  # drafts behind each row's length
         self.draft_nan = zeros(max_rows, dtype=torch.bool)  # one of these drafts was drawn from non-finite logits
         self.deactivate(0)
 
@@ -39,9 +39,9 @@ class BatchState:
 
     def batch(self, num_rows: int) -> Batch:
         """The first rows, as drafters see them."""
-        state = self.tokens, self.lengths, self.row_ids
-        tokens, lengths, row_ids = (tensor[:num_rows] for tensor in state)
-        return Batch(tokens, lengths, row_ids, self.num_drafted, self.draft_nan[:num_rows])
+        state = self.tokens, self.lengths, self.row_ids, self.num_drafted
+        tokens, lengths, row_ids, num_drafted = (tensor[:num_rows] for tensor in state)
+        return Batch(tokens, lengths, row_ids, num_drafted, self.draft_nan[:num_rows])
 
     def assign(self, row: int, prompt: Sequence[int], limit: int, row_id: int, done: Sequence[int] = ()) -> None:
         """Gives `row` a prompt and the tokens `done` generated before; it ends at `limit` tokens at the latest."""

@@ -22,9 +22,10 @@ from trl_selfspec.drafter.linear_backends import fast_qtypes, resolve_qtype
 from trl_selfspec.drafter.protocol import Drafter
 from trl_selfspec.drafter.quantized_drafter import QuantizedDrafter
 from trl_selfspec.drafter.suffix_drafter import SuffixDrafter
+from trl_selfspec.drafter.two_level_drafter import FEWEST_PARAMETERS, TwoLevelDrafter
 from trl_selfspec.engine.batch_state import BatchState
 from trl_selfspec.engine.cuda_graphs import Capture, CudaCapture, GraphPool
-from trl_selfspec.engine.kv_budget import KVMemory, kv_bytes_per_token, warn_if_scarce
+from trl_selfspec.engine.kv_budget import KVMemory, kv_bytes_per_token, state_bytes_per_row, warn_if_scarce
 from trl_selfspec.engine.model_runner import ModelRunner
 from trl_selfspec.engine.request import Request, make_requests
 from trl_selfspec.engine.rollout import Progress, Rollout
@@ -130,8 +131,10 @@ class SelfSpecEngine:
         kv_dtype = self.autocast_dtype  # None: the dtype of the keys themselves
         num_layers = self._replica.num_layers
         with self._forward_context():
-            token_bytes = kv_bytes_per_token(self._replica.model, num_layers, kv_dtype, self.device)
-        self._memory = KVMemory(num_layers, token_bytes, kv_dtype, self.options)
+            probe = self._replica.model, num_layers, kv_dtype, self.device
+            token_bytes = kv_bytes_per_token(*probe)
+            row_bytes = state_bytes_per_row(*probe) if self._replica.is_recurrent else 0
+        self._memory = KVMemory(num_layers, token_bytes, kv_dtype, self.options, row_bytes)
         self._prefix_cache: PrefixCache | None = None  # None: no cache is allocated
         self._state: BatchState | None = None  # as long as the cache
         self._seed = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -145,11 +148,25 @@ class SelfSpecEngine:
         if options.drafter == "auto" and options.draft_qtype == "auto":
             quantized += (qtype for qtype in fast_qtypes(self.device, dtype) if qtype != self.draft_qtype)
         drafters: list[Drafter] = []
-        if options.drafter != "suffix":
+        if self._replica.is_recurrent and options.drafter != "suffix" and options.longest_draft:
+            logger.warning(
+                "trl_selfspec: %s keeps a recurrent state, of which a quantized drafter would need its own: %s.",
+                type(self._replica.base).__name__,
+                "rounds are plain" if options.drafter == "quantized" else "only suffix drafts are made",
+            )
+        elif options.drafter != "suffix":
             drafters += (QuantizedDrafter(self._replica, qtype) for qtype in quantized)
         if options.drafter != "quantized":
-            drafters.append(SuffixDrafter(self._history, self.device))
+            drafters.append(suffix := SuffixDrafter(self._history, self.device))
+            if drafters and isinstance(drafters[0], QuantizedDrafter) and self._is_large:
+                drafters.append(TwoLevelDrafter(drafters[0], suffix))
         return drafters if options.longest_draft else []
+
+    @property
+    def _is_large(self) -> bool:
+        """Whether drafts of two levels may beat those of one."""
+        num_parameters = sum(parameter.numel() for parameter in self._replica.model.parameters())
+        return self.device.type == "cuda" and num_parameters >= FEWEST_PARAMETERS
 
     @property
     def history(self) -> CompletionHistory | None:
@@ -366,7 +383,11 @@ class SelfSpecEngine:
 
         ahead = ROUNDS_AHEAD.get(self.device.type, 0)
         scheduler = Scheduler(requests, min(cache.max_rows, len(requests)))
-        return Rollout(runner, scheduler, prefix_cache, self.controller, self.drafters, keep, on_round, ahead)
+        recurrent = self._replica.is_recurrent
+        keep = keep and not recurrent  # only the end of a prompt can be reused, not the middle of a conversation
+        return Rollout(
+            runner, scheduler, prefix_cache, self.controller, self.drafters, keep, recurrent, on_round, ahead
+        )
 
     def _seconds(self) -> float:
         """The host's clock, once the device has done what it was asked for."""

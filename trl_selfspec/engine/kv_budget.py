@@ -34,15 +34,26 @@ def page_size(device: torch.device) -> int | None:
     return None if device.type == "cpu" else GPU_PAGE_SIZE
 
 
-@torch.no_grad()
 def kv_bytes_per_token(model: nn.Module, num_layers: int, dtype: torch.dtype | None, device: torch.device) -> int:
     """Bytes of keys and values of one token over all layers, which may differ in their heads or share them.
 
-    Measured by running a token through `model`, which attends by the engine's function; configs name their sizes in
-    too many ways.
-
     Args:
         dtype: of the stored keys and values; `None`: as they come.
+    """
+    cache = _filled_cache(model, num_layers, dtype, device)
+    return (cache.nbytes - cache.state_bytes) // cache.num_pages
+
+
+def state_bytes_per_row(model: nn.Module, num_layers: int, dtype: torch.dtype | None, device: torch.device) -> int:
+    """Bytes of recurrent states of one row over all layers: as they are now, and at the end of its prompt."""
+    return 2 * _filled_cache(model, num_layers, dtype, device).state_bytes
+
+
+@torch.no_grad()
+def _filled_cache(model: nn.Module, num_layers: int, dtype: torch.dtype | None, device: torch.device) -> PagedCache:
+    """A cache for one row and token, after `model` has read one, attending by the engine's function.
+
+    Measured since configs name their sizes in too many ways.
     """
     cache = PagedCache(num_layers, 1, 1, page_size=1, dtype=dtype, device=device)
     bind_cache(model, cache)
@@ -51,7 +62,7 @@ def kv_bytes_per_token(model: nn.Module, num_layers: int, dtype: torch.dtype | N
     cache.begin(zero, 1, fresh=True)
     model(input_ids=zero, position_ids=zero, past_key_values=cache, use_cache=True)
     bind_cache(model, None)
-    return cache.nbytes // cache.num_pages
+    return cache
 
 
 def free_bytes(device: torch.device) -> int:
@@ -80,6 +91,7 @@ class KVMemory:
         token_bytes: keys and values of one token over all layers.
         kv_dtype: dtype of keys and values; `None`: as they come.
         options: `max_batch_size`, `kv_memory_fraction`, and the longest draft.
+        row_bytes: recurrent states of one row over all layers.
     """
 
     def __init__(
@@ -88,9 +100,10 @@ class KVMemory:
         token_bytes: int,
         kv_dtype: torch.dtype | None,
         options: SelfSpecOptions,
+        row_bytes: int = 0,
     ) -> None:
         self._num_layers, self._kv_dtype, self._options = num_layers, kv_dtype, options
-        self.token_bytes = token_bytes
+        self.token_bytes, self.row_bytes = token_bytes, row_bytes
 
     def allocate(
         self, requests: Sequence[Request], prefix_cache: PrefixCache | None, device: torch.device
@@ -106,10 +119,13 @@ class KVMemory:
         free = free_bytes(device) + (0 if old is None else old.nbytes)
         budget = int(self._options.kv_memory_fraction * free)
         if slots is None:
-            affordable = max(1, budget // (self.token_bytes * capacity))
+            affordable = max(1, budget // (self.token_bytes * capacity + self.row_bytes))
             max_rows, num_pages = min(self._options.max_batch_size or affordable, len(requests)), None
         else:
             max_rows = min(self._options.max_batch_size or MAX_ROWS, len(requests))
+            if self.row_bytes:  # states take half of the budget at most
+                max_rows = min(max_rows, max(1, budget // (2 * self.row_bytes)))
+                budget -= max_rows * self.row_bytes
             held = 0 if old is None else old.num_pages - 1
             affordable = max(held, budget // (self.token_bytes * slots))
             self._check(-(-capacity // slots), affordable, slots, free)

@@ -123,7 +123,8 @@ class ModelRunner:
             DraftError: a draft step failed; the rows are as they were before.
         """
         clock, num_steps = self._clock(), drafter.num_steps(gamma)
-        draft = Program(drafter.program, num_rows, num_slots, gamma if num_steps == 1 else 0)
+        same_for_all = 1 < num_steps == gamma  # a step for each token is the same whatever γ
+        draft = Program(drafter.program, num_rows, num_slots, 0 if same_for_all else gamma)
         try:
             with failures_raised_as(DraftError, passing=CaptureError):  # the user asked for graphs or an error
                 for _ in range(num_steps):
@@ -210,6 +211,7 @@ class ModelRunner:
         draft_nan = (state.draft_nan[:num_rows] & (lengths < limits)).sum()
         target_nan = (logprobs.isnan() & (offsets < emitted[:, None])).any()
         lengths += emitted
+        self.cache.commit(emitted)
         finished = stopped | (lengths >= limits)
         for drafter in self.observers:
             drafter.observe(state.batch(num_rows), positions, tokens, emitted)

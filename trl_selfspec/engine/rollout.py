@@ -66,6 +66,7 @@ class Rollout:
     controller: Controller
     drafters: Mapping[str, Drafter]  # by name
     keep: bool = False  # finished rows in the prefix cache, for later rollouts
+    recurrent: bool = False  # layers keep a state that padding would change
     on_round: Callable[[Progress], None] | None = None
     rounds_ahead: int = 0  # rounds launched before the host reads the last one (asynchronous scheduling)
     stats: RolloutStats = field(default_factory=RolloutStats)
@@ -297,19 +298,30 @@ class Rollout:
 
     def _fill(self, rows: list[int], starts: list[int]) -> None:
         """Computes the keys of these rows' tokens from `starts` on."""
-        for spans in self._prefill_batches(rows, starts):
+        ends = [self.scheduler.lengths[row] - 1 for row in rows]
+        if self.recurrent and rows:  # rows with the same prompt start from the states at its end
+            prompts = [len(self.scheduler.active[row].prompt) - 1 for row in rows]
+            self._fill_until(prompts, rows, starts)
+            self.runner.cache.mark_prompts(rows, prompts)
+            starts = prompts
+        self._fill_until(ends, rows, starts)
+
+    def _fill_until(self, ends: list[int], rows: list[int], starts: list[int]) -> None:
+        for spans in self._prefill_batches([Span(*span) for span in zip(rows, starts, ends, strict=True)]):
             self._prefill(spans)
             resumed = [span.width for span in spans if self.scheduler.active[span.row].done]
             self.stats.recomputed_tokens += sum(resumed)
 
-    def _prefill_batches(self, rows: list[int], starts: list[int]) -> Iterator[list[Span]]:
-        """Splits rows into forwards of similar lengths and bounded size; fresh rows have forwards of their own."""
-        ends = [self.scheduler.lengths[row] - 1 for row in rows]
-        spans = [Span(*span) for span in zip(rows, starts, ends, strict=True)]
+    def _prefill_batches(self, spans: list[Span]) -> Iterator[list[Span]]:
+        """Splits rows into forwards of similar lengths and bounded size; fresh rows have forwards of their own.
+
+        Lengths are equal where padding would change a recurrent state.
+        """
         batch: list[Span] = []
         for span in sorted((span for span in spans if span.width), key=lambda span: (span.start > 0, span.width)):
             too_large = (len(batch) + 1) * span.width > PREFILL_TOKENS
-            if batch and (too_large or (span.start > 0) != (batch[0].start > 0)):
+            other_width = self.recurrent and bool(batch) and span.width != batch[0].width
+            if batch and (too_large or other_width or (span.start > 0) != (batch[0].start > 0)):
                 yield batch
                 batch = []
             batch.append(span)
@@ -326,7 +338,7 @@ class Rollout:
         fresh = spans[0].start == 0
         width = longest if fresh else min(longest, max(1, PREFILL_SCORES // (len(spans) * num_slots)))
         for offset in range(0, longest, width):
-            runner.prefill(rows, starts + offset, ends, width, num_slots, fresh)
+            runner.prefill(rows, starts + offset, ends, min(width, longest - offset), num_slots, fresh)
 
     def _report(self, gamma: int, seconds: float) -> None:
         assert self.on_round is not None

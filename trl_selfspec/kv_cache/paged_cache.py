@@ -13,8 +13,9 @@ from itertools import chain
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin
 
+from trl_selfspec.kv_cache.recurrent_state import StateCache
 from trl_selfspec.utils import to_device
 
 
@@ -102,8 +103,8 @@ class PagedLayer(CacheLayerMixin):
         return self.owner.row_capacity
 
 
-class PagedCache(Cache):
-    """Pages of keys and values for up to `max_rows` rows of `row_capacity` positions each.
+class PagedCache(StateCache):
+    """Pages of keys and values for up to `max_rows` rows of `row_capacity` positions each, and recurrent states.
 
     Args:
         num_layers: layers of the model.
@@ -127,7 +128,7 @@ class PagedCache(Cache):
         self.max_rows, self.dtype, self.device = max_rows, dtype, torch.device(device)
         self.moved_in_rounds = False  # see `rounds_outdated`
         self.pages_of = [PagedLayer(self) for _ in range(num_layers)]  # by layer; transformers' `layers`, typed
-        super().__init__(layers=list(self.pages_of))
+        super().__init__(self.pages_of, max_rows)
         self.dense = page_size is None
         self.page_size = row_capacity if page_size is None else page_size
         self.pages_per_row = -(-row_capacity // self.page_size)
@@ -168,6 +169,7 @@ class PagedCache(Cache):
             positions = positions.clamp(max=num_slots - 1)  # padding that sees no key at all would become NaN
         self.positions, self.num_slots, self.rows, self.fresh = positions, num_slots, rows, fresh
         self._bias: dict[tuple[int | None, int, torch.dtype, bool], Tensor] = {}
+        self._deferred.clear()
 
     def sync_table(self) -> None:
         """Copies changed rows of the table to the device, in place and without a host sync.
@@ -257,8 +259,9 @@ class PagedCache(Cache):
         """Makes row t a copy of the first n slots of row s, for all `{t: (s, n)}` at once. Frees what t held.
 
         A source may be a target too. n = 0 empties the row, and n beyond its pages is all that it holds: a row that
-        was just admitted may have none yet. Full pages are shared, not copied.
+        was just admitted may have none yet. Full pages are shared, not copied. Recurrent states: see `move_states`.
         """
+        self.move_states(sources)
         if self.dense:
             pairs = [(source + 1, row + 1) for row, (source, n) in sources.items() if n and row != source]
             self._copy_pages(pairs, max((n for _, n in sources.values()), default=0))
@@ -320,14 +323,16 @@ class PagedCache(Cache):
         self._pages = [[] for _ in range(self.max_rows)]
         self.num_pages, self._free, self._owners = 1, [], [0]
         self._write_table(range(self.max_rows))
+        self.free_prompts()
         for layer in self.pages_of:
             if layer.is_initialized:
                 layer.free()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pages of all layers that have been written to."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.pages_of if layer.is_initialized)
+        """Bytes of all pages of all layers that have been written to, and of recurrent states."""
+        pages = sum(layer.keys.nbytes + layer.values.nbytes for layer in self.pages_of if layer.is_initialized)
+        return pages + self.state_bytes
 
     @property
     def storage_in_rounds(self) -> bool:

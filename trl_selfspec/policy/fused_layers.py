@@ -22,6 +22,7 @@ from trl_selfspec.kernels.cpu.layer import CpuDecoderLayer, DecoderParts
 from trl_selfspec.kernels.triton_support import runs_triton
 from trl_selfspec.kv_cache.paged_cache import PagedCache, PagedLayer
 from trl_selfspec.policy.compile import CompiledLayer, compiled_program
+from trl_selfspec.policy.recurrent_layers import is_recurrent
 
 
 logger = logging.get_logger(__name__)
@@ -141,10 +142,14 @@ def joinable_projections(tree: nn.Module) -> Iterator[list[str]]:
 
 
 def _decoder_layers(tree: nn.Module) -> Iterator[nn.Module]:
-    """The layers that a model runs through, each with one attention: that is what has an index in the cache."""
+    """The layers that a model runs through, each with one attention: that is what has an index in the cache.
+
+    None with a recurrent state, which a trial would change.
+    """
     for stack in tree.modules():
         for module in stack if isinstance(stack, nn.ModuleList) else ():
-            if len({part.layer_idx for part in module.modules() if hasattr(part, "layer_idx")}) == 1:
+            indices = {part.layer_idx for part in module.modules() if hasattr(part, "layer_idx")}
+            if len(indices) == 1 and not is_recurrent(module):
                 yield module
 
 

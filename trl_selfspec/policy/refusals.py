@@ -5,11 +5,18 @@ Faults that no config shows are the self-check's to find.
 
 from transformers import DynamicCache, PreTrainedModel
 
+from trl_selfspec.policy.recurrent_layers import is_recurrent, unsupported_layers
+
 
 # transformers recomputes the frequencies of these for the longest row of the batch: a row would see its neighbours.
 BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 # Layers of transformers' cache that hold keys and values alone, or nothing.
 KEYS_AND_VALUES = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
+WITH_STATE = {
+    "LinearAttentionLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+}
 USE_TRL = "use TRL's own generation (`use_selfspec=False`)."
 
 
@@ -51,11 +58,15 @@ def _refuse_other_state(base: PreTrainedModel) -> None:
         layers = []
     names = [type(layer).__name__ for layer in layers]
     types = getattr(config, "layer_types", None) or [f"number {index}" for index in range(len(names))]
+    unsupported = unsupported_layers(base)
+    runs_states = is_recurrent(base) and not unsupported and set(names) != {"LinearAttentionLayer"}
+    known = KEYS_AND_VALUES | WITH_STATE if runs_states else KEYS_AND_VALUES
     other = dict.fromkeys(
-        f"`{kind}` (`{name}`)" for kind, name in zip(types, names, strict=False) if name not in KEYS_AND_VALUES
+        f"`{kind}` (`{name}`)" for kind, name in zip(types, names, strict=False) if name not in known
     )
-    if other or getattr(base, "_is_stateful", False):
+    if other or (getattr(base, "_is_stateful", False) and not runs_states):
         where = f"in layers of type {', '.join(other)}, " if other else ""
+        where += f"computed by {', '.join(unsupported)}, " if unsupported else ""
         raise UnsupportedModelError(
             f"{type(base).__name__} keeps more than keys and values, such as a recurrent state, {where}"
             f"which the engine does not run yet; {USE_TRL}"

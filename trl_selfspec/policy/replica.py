@@ -30,6 +30,7 @@ from trl_selfspec.policy.peft_weights import (
     is_quantized,
     is_sharded,
 )
+from trl_selfspec.policy.recurrent_layers import adapt_recurrent_layers, is_recurrent
 from trl_selfspec.policy.refusals import USE_TRL, UnsupportedModelError, refuse_unsupported
 from trl_selfspec.policy.sharding import fingerprint, gathered_partitions
 from trl_selfspec.utils import failures_raised_as
@@ -160,6 +161,11 @@ class PolicyReplica:
         return fused_layers(self.model)
 
     @property
+    def is_recurrent(self) -> bool:
+        """Whether layers keep a state besides keys and values."""
+        return is_recurrent(self.model)
+
+    @property
     def num_layers(self) -> int:
         return self.base.config.get_text_config(decoder=True).num_hidden_layers
 
@@ -218,6 +224,7 @@ class PolicyReplica:
         """Adds what a tree needs besides its tensors: kernels, and the cast of the embeddings' output."""
         if tree.config._attn_implementation == IMPLEMENTATION:
             prepare_attention(tree)
+            adapt_recurrent_layers(tree)
             self._use_fast_modules(tree)
         if (dtype := self._embedding_dtype) is not None:
             tree.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.to(dtype))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from trl_selfspec.kv_cache.attention import bind_cache
 from trl_selfspec.kv_cache.paged_cache import PagedCache
+from trl_selfspec.policy.recurrent_layers import is_recurrent
 from trl_selfspec.policy.refusals import USE_TRL, UnsupportedModelError
 from trl_selfspec.policy.replica import PolicyReplica
 from trl_selfspec.utils import failures_raised_as
@@ -183,7 +184,12 @@ def _ragged_logits(model: nn.Module, num_layers: int, tokens: Tensor) -> Logits:
 
     try:
         prompt = torch.arange(max(PROMPT_LENGTHS), device=device).expand(num_rows, -1)
-        forward(tokens.gather(1, prompt), prompt, lengths=lengths, fresh=True)
+        if is_recurrent(model):  # no padding, as in a rollout
+            for row, length in enumerate(PROMPT_LENGTHS):
+                positions = prompt[row : row + 1, :length]
+                forward(tokens[row : row + 1, :length], positions, rows=torch.tensor([row], device=device), fresh=True)
+        else:
+            forward(tokens.gather(1, prompt), prompt, lengths=lengths, fresh=True)
         logits: list[list[Tensor]] = [[] for _ in range(num_rows)]
         for _ in range(STEPS):
             positions = lengths[:, None] + torch.arange(STEP_TOKENS, device=device)
@@ -192,7 +198,9 @@ def _ragged_logits(model: nn.Module, num_layers: int, tokens: Tensor) -> Logits:
             step = forward(ids, positions)
             for row in range(num_rows):
                 logits[row].append(step[row, : 1 if row == 0 else STEP_TOKENS])
-            lengths = lengths + torch.tensor([1, *[STEP_TOKENS] * (num_rows - 1)], device=device)
+            accepted = torch.tensor([1, *[STEP_TOKENS] * (num_rows - 1)], device=device)
+            cache.commit(accepted)
+            lengths = lengths + accepted
         return [torch.cat(parts) for parts in logits]
     finally:
         bind_cache(model, None)

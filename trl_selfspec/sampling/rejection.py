@@ -46,6 +46,9 @@ def verify_rejection(
     Three conditions. `<` is strict, or a token of target probability 0 passes when u is 0. At one position the numbers
     for drafting, accepting and recovering are independent. What is kept must not depend on numbers of later positions;
     so those of a discarded position may serve again in the next round.
+
+    No condition is on q: it may be any distribution that is known without the numbers of its position, one that is
+    given false tokens for the prefix among them. Only, it has to be the one that the draft was drawn from.
     """
     gamma = draft_tokens.shape[1]
     drafted = draft_tokens.unsqueeze(-1)

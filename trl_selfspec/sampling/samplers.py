@@ -50,6 +50,13 @@ class Sampler(Protocol):
         """The next draft tokens (B,) from the drafter's processed scores (B, V); `step` () counts those before."""
         ...
 
+    def propose_several(self, scores: Tensor, row_ids: Tensor, positions: Tensor, starts: Tensor) -> Draw:
+        """Draft tokens (B, T) of T positions at once, from scores (B, T, V); `starts` (B,) counts those before.
+
+        They take the place of what was proposed for these positions before.
+        """
+        ...
+
     def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> VerifyResult:
         """Verifies the (B, γ) drafts of steps 0..γ-1 by the target's scores (B, γ+1, V)."""
         ...
@@ -74,6 +81,11 @@ class RejectionSampler:
         self.drafts.of(scores).index_copy_(1, step[None], scores.softmax(-1)[:, None])
         return sample(scores, self.seed, row_ids, positions, Purpose.DRAFT)
 
+    def propose_several(self, scores: Tensor, row_ids: Tensor, positions: Tensor, starts: Tensor) -> Draw:
+        rows, offsets = (torch.arange(size, device=scores.device) for size in positions.shape)
+        self.drafts.of(scores[:, 0])[rows[:, None], starts[:, None] + offsets] = scores.softmax(-1)
+        return _sample_positions(scores, self.seed, row_ids, positions, Purpose.DRAFT)
+
     def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> VerifyResult:
         draft_probs = self.drafts.of(scores[:, 0])[:, : drafts.shape[1]]
         return verify_by_rejection(scores, drafts, draft_probs, self.seed, row_ids, positions)
@@ -90,6 +102,9 @@ class CoupledSampler:
 
     def propose(self, scores: Tensor, row_ids: Tensor, positions: Tensor, step: Tensor) -> Draw:
         return self.draw(scores, row_ids, positions)
+
+    def propose_several(self, scores: Tensor, row_ids: Tensor, positions: Tensor, starts: Tensor) -> Draw:
+        return _sample_positions(scores, self.seed, row_ids, positions, Purpose.TOKEN)
 
     def verify(self, drafts: Tensor, scores: Tensor, row_ids: Tensor, positions: Tensor) -> VerifyResult:
         return verify_by_coupling(scores, drafts, self.seed, row_ids, positions)
@@ -187,11 +202,22 @@ def verify_by_coupling(
     row_ids: Tensor,  # (B,) int64
     positions: Tensor,  # (B, γ+1) int64
 ) -> VerifyResult:
-    """`rejection.verify_coupled` with keyed noise. Positions are drawn like rows: one compiled function does both."""
-    rows = row_ids[:, None].expand_as(positions)
-    draws = sample(scores.flatten(0, 1), seed, rows.flatten(), positions.flatten(), Purpose.TOKEN)
-    tokens, logprobs = (of_rows.view(positions.shape) for of_rows in draws)
+    """`rejection.verify_coupled` with keyed noise."""
+    tokens, logprobs = _sample_positions(scores, seed, row_ids, positions, Purpose.TOKEN)
     return VerifyResult(*verify_coupled(drafts, tokens), logprobs)
+
+
+def _sample_positions(
+    scores: Tensor,  # (B, T, V)
+    seed: Tensor | None,  # () int64; None: no noise
+    row_ids: Tensor,  # (B,) int64
+    positions: Tensor,  # (B, T) int64
+    purpose: Purpose,
+) -> Draw:  # (B, T)
+    """`sample` of several positions. They are drawn like rows: one compiled function does both."""
+    rows = row_ids[:, None].expand_as(positions)
+    draws = sample(scores.flatten(0, 1), seed, rows.flatten(), positions.flatten(), purpose)
+    return Draw(*(of_rows.view(positions.shape) for of_rows in draws))
 
 
 @compiled_on_gpu

@@ -38,7 +38,7 @@ _SIGNATURES = {
     "decoder_layer": (_STRUCT, _INT),
     "attention": (_STRUCT, _INT),
     "sample": (_INT, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER, _POINTER),
-    "suffix_match": (_INT, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, *(_POINTER,) * 6),
+    "suffix_match": (_INT, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, *(_POINTER,) * 7),
     "rms_norm": (_INT, _SIZE, _SIZE, _DOUBLE, _POINTER, _INT, _POINTER, _INT, _POINTER, _INT),
 }
 

@@ -37,16 +37,17 @@ static void search(const int32_t *text, int64_t low, int64_t high, int64_t slot,
 
 /* Drafts of `gamma` tokens for every row. Candidates are visited best first among equally long ones: the row's own text,
  * then those of its group from the last one down, each from its end. So only a longer match replaces another, and one of
- * `max_match` tokens ends the search. */
+ * `max_match` tokens ends the search. `recent`, or NULL: each row's last `max_match` tokens in their order, in place of
+ * its text's; -1, which no text holds, for no token. */
 void suffix_match(int threads, int64_t rows, int64_t gamma, int64_t max_match, const int32_t *texts, int64_t stride, const int64_t *lengths,
-                  const int64_t *starts, const int64_t *slots, const int64_t *first, const int64_t *end, int64_t *drafts) {
+                  const int64_t *starts, const int64_t *slots, const int64_t *first, const int64_t *end, const int32_t *recent, int64_t *drafts) {
     double tokens = 0;
     for (int64_t row = 0; row < rows; row++) tokens += (double)((end[row] - first[row]) * lengths[slots[row]]);
     threads = (int)MIN(useful_threads(tokens, threads), rows);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; row++) {
-        const int64_t own = slots[row], length = lengths[own], longest = MIN(length, max_match);
-        const int32_t *behind = texts + own * stride + length;
+        const int64_t own = slots[row], length = lengths[own], longest = recent ? max_match : MIN(length, max_match);
+        const int32_t *behind = recent ? recent + (row + 1) * max_match : texts + own * stride + length;
         Match best = {0, own, length - 1}; /* without a match the last token is drafted again */
         search(texts + own * stride, 1, length, own, behind, longest, &best);
         for (int64_t slot = end[row] - 1; slot >= first[row]; slot--) {
