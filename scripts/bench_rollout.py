@@ -395,6 +395,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.out is not None and not args.out.parent.is_dir():
             raise ValueError(f"--out {args.out}: the folder {args.out.parent} does not exist")
         if args.command == "record":
+            assert args.out is not None, "the parser requires it"
             trace = record_trace(args, argv)
             trace.save(args.out)
             print(f"{args.out}: {args.out.stat().st_size} bytes, {sum(map(len, trace.completion_ids))} tokens")

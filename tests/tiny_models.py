@@ -135,6 +135,8 @@ def left_padded(prompts: list[list[int]], pad: int = 0) -> dict[str, torch.Tenso
 @torch.no_grad()
 def spoil(engine: SelfSpecEngine, noise: float, seed: int = 0) -> None:
     """Gives the engine a drafter of perturbed weights, `noise` times their own size, until its next `refresh`."""
+    if not engine.drafters:  # nothing will be drafted
+        return
     replica = engine._replica
     drafter = make_drafter(replica, engine.draft_qtype)
     generator = torch.Generator().manual_seed(seed)

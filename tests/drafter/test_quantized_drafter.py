@@ -146,7 +146,8 @@ def test_what_a_drafter_shares_is_not_counted() -> None:
     target = {name: parameter.data_ptr() for name, parameter in engine._replica.model.named_parameters()}
     assert own
     assert own.items() <= target.items()
-    assert output.stats.drafter_bytes == engine.drafter_bytes == sum(buffer.nbytes for buffer in buffers(drafter))
+    held = sum(buffer.nbytes for buffer in buffers(drafter))
+    assert output.stats.drafter_bytes == engine.drafter_bytes == held + engine.drafters["suffix"].nbytes
 
 
 def test_a_drafter_is_built_once_and_quantized_when_asked_for(requantized: list[QuantizedLinear]) -> None:
@@ -154,10 +155,10 @@ def test_a_drafter_is_built_once_and_quantized_when_asked_for(requantized: list[
     model = tiny_model("llama")
     replica = PolicyReplica(model)
     manager = QuantizedDrafter(replica, "qint8")
-    assert (manager.module, manager.is_current, manager.nbytes) == (None, False, 0)
+    assert (manager.module, manager.is_ready, manager.nbytes) == (None, False, 0)
     seconds, was_there = manager.prepare()
     assert seconds > 0
-    assert (was_there, manager.is_current, len(requantized)) == (False, True, 15)
+    assert (was_there, manager.is_ready, len(requantized)) == (False, True, 15)
     module = manager.module
     assert module is not None
     assert manager.nbytes == drafter_bytes(module) > 0
@@ -166,11 +167,11 @@ def test_a_drafter_is_built_once_and_quantized_when_asked_for(requantized: list[
     with torch.no_grad():
         model.lm_head.weight.add_(1.0)
     replica.refresh()
-    assert manager.is_current, "older weights may draft until new ones are asked for"
+    assert manager.is_ready, "older weights may draft until new ones are asked for"
     manager.request_update()
-    assert not manager.is_current
+    assert not manager.is_ready
     assert manager.prepare()[1]
-    assert (manager.module, manager.is_current, len(requantized)) == (module, True, 30)
+    assert (manager.module, manager.is_ready, len(requantized)) == (module, True, 30)
 
 
 class OfSomeCompiler(Exception):
@@ -201,9 +202,9 @@ def test_whatever_fails_is_a_draft_error(error: Exception, place: str, monkeypat
         with pytest.raises(DraftError, match=f"{type(error).__name__}: ") as raised:
             manager.prepare()
     assert raised.value.__cause__ is error
-    assert (manager.module, manager.is_current) == (None, False)
+    assert (manager.module, manager.is_ready) == (None, False)
     assert not manager.prepare()[1]
-    assert manager.is_current
+    assert manager.is_ready
 
 
 def test_an_interrupt_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

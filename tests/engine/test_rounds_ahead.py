@@ -12,7 +12,7 @@ from tiny_models import Schedule, built_once, force_page_size, ragged_prompts, s
 from transformers import GenerationConfig, PreTrainedModel
 
 from trl_selfspec import SelfSpecEngine, SelfSpecOptions
-from trl_selfspec.control.controller import Controller
+from trl_selfspec.control.controller import Choice, Controller, DrafterTraits
 from trl_selfspec.engine import engine
 from trl_selfspec.engine.batch_state import BatchState
 from trl_selfspec.engine.engine import RolloutOutput
@@ -153,7 +153,7 @@ def interrupt(*args: object) -> None:
 def test_building_the_drafter_is_no_price_of_quantizing(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch):
     """Kernels compile once; a gate that took this for the price of every rollout would never draft again."""
     controller, prices = Schedule(2), []
-    monkeypatch.setattr(controller, "observe_requantize", lambda seconds, typical: prices.append(typical))
+    monkeypatch.setattr(controller, "observe_preparing", lambda name, seconds, typical: prices.append(typical))
     made = SelfSpecEngine(model, SelfSpecOptions(num_speculative_tokens=2), controller=controller)
     for _ in range(3):
         made.generate(PROMPTS, GenerationConfig(max_new_tokens=6, pad_token_id=0), seed=0)
@@ -161,15 +161,18 @@ def test_building_the_drafter_is_no_price_of_quantizing(model: PreTrainedModel, 
     assert prices == [False, True, True], "of three rollouts, the first built the drafter"
 
 
+QUANTIZED = [DrafterTraits("quantized")]
+
+
 class ReadLate(Controller):
     """Hears of a round when the next one has been chosen."""
 
     heard: Callable[[], None] = staticmethod(lambda: None)
 
-    def choose(self, rows: int) -> int:
-        gamma = super().choose(rows)
+    def choose(self, rows: int) -> Choice:
+        choice = super().choose(rows)
         self.heard()
-        return gamma
+        return choice
 
     def observe_plain(self, *measurement: Any) -> None:
         self.heard = functools.partial(super().observe_plain, *measurement)
@@ -183,7 +186,7 @@ def test_exploring_takes_no_longer_where_rounds_are_read_late(name: str):
     """A trial that is started again before it is read, and charged to the round before it, costs twice the budget."""
     *law, rows = LOSING[name]
     wasted = []
-    for controller in (Controller(), ReadLate()):
+    for controller in (Controller(QUANTIZED), ReadLate(QUANTIZED)):
         machine, tokens = Machine(*law, noise=0.0), 0.0
         for _ in range(3000):
             tokens += sum(machine.round(rows, controller, controller.choose(rows))) / rows

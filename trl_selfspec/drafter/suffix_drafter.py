@@ -113,9 +113,9 @@ class SuffixDrafter(Drafter):
         return True
 
     def _write(self, texts: list[Text]) -> None:
-        padded = torch.zeros((len(texts), max(len(text.tokens) for text in texts)), dtype=torch.int32)
+        padded = torch.zeros((len(texts), max(len(text.tokens) for text in texts)), dtype=torch.int32, device="cpu")
         for row, text in zip(padded, texts, strict=True):
-            row[: len(text.tokens)] = torch.tensor(text.tokens, dtype=torch.int32)
+            row[: len(text.tokens)] = torch.tensor(text.tokens, dtype=torch.int32, device="cpu")
         self._texts[: len(texts), : padded.shape[1]] = padded.to(self._device)
         self._lengths[: len(texts)] = to_device([len(text.tokens) for text in texts], self._device)
         self._starts[: len(texts)] = to_device([text.start for text in texts], self._device)

@@ -113,6 +113,7 @@ class SelfSpecMixin(_Trainer):
         if self.model.training:
             self._run += gathered
         if self._shares_history:
+            assert self._engine is not None
             prompt_ids, completion_ids = output[:2]
             self._engine.remember(*gathered_rows(prompt_ids, completion_ids))
         return output
