@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accuracy import SHAPES
 
 from trl_selfspec.cli import here
@@ -226,6 +227,9 @@ def test_a_benchmark_narrows_the_interval(config: str, tmp_path: Path, capsys: p
     result["engines"]["selfspec"]["draft_step_ms_by_rows"] = {}
     path.write_text(json.dumps(result))
     assert "No draft was measured" in refused(capsys, *base, "--bench", str(path))
+    path.write_text("no JSON")
+    assert "is not JSON" in refused(capsys, *base, "--bench", str(path))
+    assert "nowhere.json" in refused(capsys, *base, "--bench", "nowhere.json")
     path.write_text("{}")
     assert "no measured rounds" in refused(capsys, *base, "--bench", str(path))
 
@@ -254,7 +258,7 @@ def test_the_plot_is_drawn_or_says_what_it_needs(
     path = tmp_path / "gain.png"
     advise(capsys, "--model", config, "--gpu", "h200", "--plot", str(path))
     assert path.read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr("trl_selfspec.cli.advice_text.find_spec", lambda name: None)
+    monkeypatch.setattr("trl_selfspec.cli.advice.find_spec", lambda name: None)
     assert "pip install matplotlib" in refused(capsys, "--model", config, "--gpu", "h200", "--plot", str(path))
 
 
@@ -267,17 +271,16 @@ def test_this_machine_is_measured_by_the_engines_own_rounds(
     (tmp_path / "config.json").write_text(json.dumps(QWEN7B | tiny))
     monkeypatch.setattr(here, "ROWS", {"cpu": (1, 2), "cuda": (1, 2)})
     monkeypatch.setattr(here, "ROUNDS", 3)
-    measured, _ = here.measure(tmp_path, "fp32")
+    measured, name, memory_bytes = here.measure(tmp_path, "fp32")
+    assert (name is None) == (not torch.cuda.is_available()) and memory_bytes > 1e9
     assert measured.plain.keys() == measured.draft.keys() == {1, 2}
     assert measured.verify.keys() == {(1, 3), (1, 7), (2, 3), (2, 7)}
     assert min((*measured.plain.values(), *measured.draft.values(), *measured.verify.values())) > 0
     with pytest.raises(ValueError, match="--here runs in bf16 or fp32"):
         here.measure(tmp_path, "fp8")
-    monkeypatch.setattr(here, "measure", lambda path, dtype: (measured, None))
-    advice = as_json(
-        capsys, "--model", str(tmp_path), "--here", "--dtype", "fp32", "--rows", "2", "--max-tokens", "64"
-    )
-    assert advice["evidence"] == "measured" and advice["device"].startswith("cpu")
+    monkeypatch.setattr(here, "measure", lambda path, dtype: (measured, "AMD Instinct MI300X", 192e9))
+    advice = as_json(capsys, "--model", str(tmp_path), "--here", "--rows", "2", "--max-tokens", "64")
+    assert advice["evidence"] == "measured" and advice["device"] == "AMD Instinct MI300X"
 
 
 def test_the_command_line_needs_no_torch() -> None:

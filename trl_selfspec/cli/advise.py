@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trl_selfspec.cli.advice_text import as_text, plot
+from trl_selfspec.cli.advice import Advice, as_text, plot
 from trl_selfspec.control.constants import TOGGLE_MARGIN
 from trl_selfspec.control.rates import PLAIN
 from trl_selfspec.simulate.costs import Costs
 from trl_selfspec.simulate.engines import LEVELS, self_drafting
-from trl_selfspec.simulate.hardware import Device, devices, find_device
+from trl_selfspec.simulate.hardware import Device, devices, find_device, is_known
 from trl_selfspec.simulate.measured import Measurements, calibrated
 from trl_selfspec.simulate.pipeline import async_step_s
 from trl_selfspec.simulate.rollout import Work, read_lengths, slowest
@@ -25,38 +25,6 @@ KV_SHARE = 0.5  # of free memory, as `kv_memory_fraction`
 MAX_ROWS = 256  # decoded at once on a GPU
 SHOWN_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 STOCK_LAYER_S = 1.9e-3  # of `model.generate` per layer and step on an H200's host: 1.7 to 2.1 ms, whatever the model
-
-
-@dataclass
-class Advice:
-    """What there is to say. Gains are over plain rounds of the same engine."""
-
-    model: str
-    device: str
-    rows: int
-    max_tokens: int
-    verdict: str  # pays, probably, off, toss-up
-    gain: float
-    low: float
-    high: float
-    plain_s: float | None  # None where no stage of a distributed step was measured
-    seconds: float | None
-    starts_at: int | None  # unfinished rows on a rank
-    by_rows: dict[int, float]
-    what_if: dict[str, float]
-    step_gain: float | None
-    hidden: bool  # generation takes no longer than training, which runs beside it
-    over_stock: float | None
-    weight_bytes: float
-    drafter_bytes: float
-    kv_token_bytes: float
-    rows_that_fit: int
-    options: dict[str, Any]
-    alpha: float
-    alpha_given: bool
-    lengths: str
-    evidence: str
-    sources: list[str]
 
 
 def add_parser(commands: Any) -> None:
@@ -245,7 +213,8 @@ def advise(args: argparse.Namespace) -> Advice:
         high=high,
         plain_s=plain_s if absolute else None,
         seconds=plain_s / gain if absolute else None,
-        starts_at=slowest(costs, case.works, TOGGLE_MARGIN).starts_at,
+        starts_at=slowest(costs, case.works, TOGGLE_MARGIN).starts_at if gain > 1 else None,
+        prepare_s=costs.drafts[0].prepare_s,
         by_rows={n: costs.gain(n, costs.gated(n, context, TOGGLE_MARGIN), context) for n in SHOWN_ROWS},
         what_if=case.what_if(alphas[0] if alphas else alpha - 0.03),
         step_gain=step_gain,
@@ -269,16 +238,23 @@ def _evidence(args: argparse.Namespace, path: Path) -> tuple[Device, Measurement
     if args.here:
         from trl_selfspec.cli.here import measure  # imports torch
 
-        measured, name = measure(path, args.dtype)
-    elif args.bench:
-        saved = json.loads(args.bench.read_text())
+        measured, name, memory_bytes = measure(path, args.dtype)
+        if name is not None and not is_known(name):  # a GPU to start from; the measurements decide
+            return replace(find_device("h100"), name=name, measured_by_us="", memory_bytes=memory_bytes), measured
+        return replace(find_device(name or "cpu-2-cores"), memory_bytes=memory_bytes), measured
+    if args.bench:
+        try:
+            saved = json.loads(args.bench.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{args.bench} is not JSON ({error}): give a result of scripts/bench_rollout.py."
+            ) from error
         measured, hardware = Measurements.from_json(saved), saved.get("provenance", {}).get("hardware", {})
-        name = (hardware.get("gpu") or {}).get("name")
-        if not (args.gpu or name or "cpu" in hardware):
+        name = args.gpu or (hardware.get("gpu") or {}).get("name")
+        if not name and "cpu" not in hardware:
             raise ValueError(f"{args.bench} does not say on which device it was measured: add --gpu NAME.")
-    else:
-        measured, name = None, None
-    return find_device(args.gpu or name or "cpu-2-cores"), measured
+        return find_device(name or "cpu-2-cores"), measured
+    return find_device(args.gpu), None
 
 
 def _step(args: argparse.Namespace, plain_s: float, gain: float) -> tuple[float | None, bool]:

@@ -1,5 +1,6 @@
 """Measures the rounds of this machine: the engine's own programs, on a model of the shape with random weights."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ class Scripted(Controller):
         return self.script
 
 
-def measure(path: Path, dtype: str) -> tuple[Measurements, str | None]:
-    """Seconds of rounds, and the name of the GPU if there is one."""
+def measure(path: Path, dtype: str) -> tuple[Measurements, str | None, float]:
+    """Seconds of rounds, the name of the GPU if there is one, and the bytes of the device's memory."""
     if dtype not in DTYPES:
         raise ValueError(f"--here runs in {' or '.join(DTYPES)}, not in {dtype}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,7 +50,10 @@ def measure(path: Path, dtype: str) -> tuple[Measurements, str | None]:
         for choice in (PLAIN, *(Choice(gamma, drafter) for gamma in DRAFT_LENGTHS)):
             control.script = choice
             _measure(engine, rows, choice.gamma, found)
-    return found, torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    if device.type == "cpu":
+        return found, None, float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    properties = torch.cuda.get_device_properties(device)
+    return found, properties.name, float(properties.total_memory)
 
 
 def _measure(engine: SelfSpecEngine, rows: int, gamma: int, found: Measurements) -> None:

@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return args.run(args)
-    except ValueError as error:  # of the user's input; says what to use instead
+    except (ValueError, OSError) as error:  # of the user's input, or a file that is not there
         print(f"trl-selfspec {args.command}: {error}", file=sys.stderr)
         return 2
 

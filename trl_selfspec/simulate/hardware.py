@@ -59,24 +59,24 @@ def devices() -> dict[str, Device]:
     return {name: _device(name, entry) for name, entry in table.items()}
 
 
+def _matches(name: str) -> list[tuple[int, Device]]:
+    known = devices().values()
+    return [(len(m), d) for d in known for m in (d.name, *d.matches) if re.search(rf"\b{m}\b", name.lower())]
+
+
+def is_known(name: str) -> bool:
+    return bool(_matches(name))
+
+
 def find_device(name: str) -> Device:
     """By its name in the table, or by the longest match in a name such as `NVIDIA H200`.
 
     Raises:
         ValueError: it is not in the table; the message lists what is.
     """
-    wanted = name.lower()
-    if wanted in devices():
-        return devices()[wanted]
-    found = [
-        (len(match), device)
-        for device in devices().values()
-        for match in device.matches
-        if re.search(rf"\b{match}\b", wanted)
-    ]
-    if not found:
+    if not is_known(name):
         raise ValueError(
             f"The device {name!r} is not in the table: use one of {', '.join(devices())}, or measure yours with "
             "--here."
         )
-    return max(found, key=lambda pair: pair[0])[1]
+    return max(_matches(name), key=lambda pair: pair[0])[1]

@@ -1,14 +1,12 @@
-"""Advice in plain words, for a terminal of 80 columns, and as a plot."""
+"""What there is to say, in plain words for a terminal of 80 columns, and as a plot."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import Any
 
-
-if TYPE_CHECKING:
-    from trl_selfspec.cli.advise import Advice
 
 WIDTH = 78
 VERDICTS = {
@@ -24,7 +22,40 @@ EVIDENCE = {
 }
 
 
-def as_text(a: "Advice") -> str:
+@dataclass
+class Advice:
+    """What there is to say. Gains are over plain rounds of the same engine."""
+
+    model: str
+    device: str
+    rows: int
+    max_tokens: int
+    verdict: str  # pays, probably, off, toss-up
+    gain: float
+    low: float
+    high: float
+    plain_s: float | None  # None where no stage of a distributed step was measured
+    seconds: float | None
+    starts_at: int | None  # unfinished rows on a rank
+    prepare_s: float  # of the drafter, in each rollout that drafts
+    by_rows: dict[int, float]
+    what_if: dict[str, float]
+    step_gain: float | None
+    hidden: bool  # generation takes no longer than training, which runs beside it
+    over_stock: float | None
+    weight_bytes: float
+    drafter_bytes: float
+    kv_token_bytes: float
+    rows_that_fit: int
+    options: dict[str, Any]
+    alpha: float
+    alpha_given: bool
+    lengths: str
+    evidence: str
+    sources: list[str]
+
+
+def as_text(a: Advice) -> str:
     head = f"{a.model} on {a.device}, {a.rows} completions of up to {a.max_tokens} tokens: {VERDICTS[a.verdict]}"
     lines = [fill(head, WIDTH, subsequent_indent="  "), *_wrapped(_answer(a))]
     sections = {
@@ -49,7 +80,7 @@ def _wrapped(sentences: Iterable[str]) -> Iterator[str]:
     return (fill(text, WIDTH, initial_indent="  ", subsequent_indent="    ") for text in sentences)
 
 
-def _answer(a: "Advice") -> Iterator[str]:
+def _answer(a: Advice) -> Iterator[str]:
     interval = f"{a.gain:.2f}x (from {a.low:.2f}x to {a.high:.2f}x)"
     if a.plain_s is not None and a.seconds is not None:
         yield f"A rollout takes {a.seconds:.3g} s instead of {a.plain_s:.3g} s: {interval}."
@@ -60,12 +91,14 @@ def _answer(a: "Advice") -> Iterator[str]:
     elif a.step_gain is not None:
         yield f"A whole training step gets faster by {a.step_gain:.2f}x."
     if a.starts_at:
-        yield f"Drafting starts when about {a.starts_at} rows of a rank are unfinished."
+        yield f"Drafting starts when a rank has about {a.starts_at} row{'s' * (a.starts_at > 1)} unfinished."
+    elif max(a.by_rows.values()) > 1:
+        yield f"Preparing a drafter takes {a.prepare_s:.2g} s, and these rollouts would not win that back."
     shown = (f"{n}: {gain:.2f}x" if gain > 1 else f"{n}: off" for n, gain in a.by_rows.items() if n <= max(8, a.rows))
     yield f"Gain of a round by unfinished rows: {', '.join(shown)}."
 
 
-def _doubts(a: "Advice") -> Iterator[str]:
+def _doubts(a: Advice) -> Iterator[str]:
     yield from (f"If {what}: {gain:.2f}x." for what, gain in a.what_if.items())
     advice = " Give yours with --lengths, or --median and --p99." if a.lengths.startswith("assumed") else ""
     yield f"Lengths, which decide most, are {a.lengths}.{advice}"
@@ -74,7 +107,7 @@ def _doubts(a: "Advice") -> Iterator[str]:
     yield "Text that comes again (siblings, the last epoch) is drafted for nothing, and is not counted here."
 
 
-def _engine_alone(a: "Advice") -> str:
+def _engine_alone(a: Advice) -> str:
     if a.over_stock:
         return (
             f"About {a.over_stock:.0f}x the speed of TRL's own generate, whose steps take 1.7 to 2.1 ms per layer on "
@@ -86,7 +119,7 @@ def _engine_alone(a: "Advice") -> str:
     )
 
 
-def _sources(a: "Advice") -> Iterator[str]:
+def _sources(a: Advice) -> Iterator[str]:
     yield from (f"{source[0].upper()}{source[1:]}." for source in a.sources)
     if a.evidence != "measured":
         yield "To narrow the interval, run `trl-selfspec advise --here` on the machine."
@@ -96,7 +129,7 @@ def _bytes(n: float) -> str:
     return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB" if n >= 1e6 else f"{n / 1e3:.0f} kB"
 
 
-def plot(advice: "Advice", path: Path) -> None:
+def plot(advice: Advice, path: Path) -> None:
     """Gain of a round by unfinished rows, and the rollout's.
 
     Raises:
