@@ -206,7 +206,7 @@ def test_measurements_move_the_model_to_the_machine() -> None:
 def bench_result(measured: Measurements) -> dict[str, Any]:
     engine = {
         "plain_ms_by_rows": {str(n): 1e3 * s for n, s in measured.plain.items()},
-        "draft_step_ms_by_rows": {str(n): 1e3 * s for n, s in measured.draft.items()},
+        "draft_step_ms_by_rows": {"qint4": {str(n): 1e3 * s for n, s in measured.draft.items()}, "suffix": {"1": 0.1}},
         "verify_ms_by_tokens": {str(n * t): 1e3 * s for (n, t), s in measured.verify.items()},
         "acceptance": {"alpha": 0.97},
     }
@@ -224,7 +224,7 @@ def test_a_benchmark_narrows_the_interval(config: str, tmp_path: Path, capsys: p
     assert bench["high"] / bench["low"] < table["high"] / table["low"]
     given = as_json(capsys, *base, "--gpu", "a100", "--alpha", "0.97")
     assert bench["gain"] == pytest.approx(given["gain"], rel=0.05)
-    result["engines"]["selfspec"]["draft_step_ms_by_rows"] = {}
+    result["engines"]["selfspec"]["draft_step_ms_by_rows"] = {"suffix": {"1": 0.1}}
     path.write_text(json.dumps(result))
     assert "No draft was measured" in refused(capsys, *base, "--bench", str(path))
     path.write_text("no JSON")

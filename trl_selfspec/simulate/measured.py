@@ -45,13 +45,15 @@ class Measurements:
 
     @classmethod
     def _from_bench(cls, engine: Mapping[str, Any], saved: Mapping[str, Any]) -> "Measurements":
-        plain, draft, verify = (
-            {int(float(n)): ms / 1e3 for n, ms in engine[name].items()}
-            for name in ("plain_ms_by_rows", "draft_step_ms_by_rows", "verify_ms_by_tokens")
-        )
+        def curve(points: Mapping[str, float]) -> dict[int, float]:
+            return {round(float(n)): ms / 1e3 for n, ms in points.items()}
+
+        drafts = [points for name, points in engine["draft_step_ms_by_rows"].items() if name != "suffix"]
+        verify = curve(engine["verify_ms_by_tokens"])
         synthetic = saved.get("provenance", {}).get("synthetic_acceptance") is not None
         alpha = None if synthetic else engine.get("acceptance", {}).get("alpha")
-        return cls(plain, draft, {(1, n): s for n, s in verify.items()}, alpha)
+        draft = curve(max(drafts, key=len, default={}))
+        return cls(curve(engine["plain_ms_by_rows"]), draft, {(1, n): s for n, s in verify.items()}, alpha)
 
     @classmethod
     def _from_state(cls, state: Mapping[str, Any]) -> "Measurements":
