@@ -300,8 +300,8 @@ def forget_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
 def go_on_without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = Rollout._prefill_batches
 
-    def prompts_alone(self: Rollout, rows: list[int], starts: list[int]) -> Any:
-        for spans in batches(self, rows, starts):
+    def prompts_alone(self: Rollout, all_spans: list[Span]) -> Any:
+        for spans in batches(self, all_spans):
             ends = [len(self.scheduler.active[span.row].prompt) - 1 for span in spans]
             short = [
                 Span(span.row, span.start, end) for span, end in zip(spans, ends, strict=True) if end > span.start
