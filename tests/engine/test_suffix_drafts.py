@@ -357,3 +357,18 @@ def test_texts_of_the_future_are_not_read(monkeypatch: pytest.MonkeyPatch, model
     monkeypatch.setattr(suffix_drafter, "longest_suffix_match", recorded)
     sample(make_engine(model, 4), SAMPLED)
     assert calls
+
+
+def test_rows_of_an_earlier_rollout_find_room(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:
+    """Captured rounds are for more rows than are active; the others have ids of an earlier, larger rollout.
+
+    Prevents an index beyond the slots, which a GPU answers by an assertion that ends the process.
+    """
+    force_page_size(monkeypatch, 4)
+    monkeypatch.setattr(build, "_library", lambda: None)
+    many, few = ragged_prompts([5] * 40), ragged_prompts([5] * 9, seed=1)
+    plain, engine = torch_engine(model, 0), make_engine(model, 3, capture=record)
+    sample(engine, prompts=many)
+    engine.remember([prompt for prompt in few for _ in range(20)], [[5, 6, 7]] * 180)
+    for _ in range(2):
+        assert_same(sample(engine, prompts=few), sample(plain, prompts=few))

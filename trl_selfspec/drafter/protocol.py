@@ -47,9 +47,8 @@ class Drafter(Protocol):
 
     Attributes:
         traits: its name, and what the controller assumes of it before there are measurements.
-        has_distribution: drafts are drawn by `propose` or `propose_several` of `runner.sampler`, and verified by its
-            `verify`.
-            Otherwise they are known tokens, which are verified by the target's own draws.
+        has_distribution: `propose` or `propose_several` of `runner.sampler` draws its drafts, and `verify` of the same
+            sampler verifies them. Otherwise they are known tokens, verified by the target's own draws.
     """
 
     traits: DrafterTraits

@@ -104,6 +104,7 @@ class SuffixDrafter(Drafter):
         held, held_width = self._texts.shape
         if num_slots <= held and width == held_width and num_rows <= self._slots.shape[1]:
             return False
+        num_rows = max(num_rows, self._slots.shape[1])  # rows that are not active keep the ids of earlier rollouts
         num_slots, num_rows = (1 << (n - 1).bit_length() for n in (max(num_slots, held), num_rows))
         self._texts = torch.zeros((num_slots, width), dtype=torch.int32, device=self._device)
         self._lengths, self._starts = (
